@@ -1,0 +1,151 @@
+"""The pruning environment: Gymnasium's interface around a network, its unit graph and clean data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import nn
+from torch_geometric.data import Data
+
+from baselines_rnp.unlearn import unlearn
+from envs.rewards import TERMS, Clues, Objective
+from onp.config import EnvConfig
+from onp.data import DefenceData
+from onp.graph import build_graph
+from onp.masks import KeepMask
+from onp.trigger_recovery import recover_trigger
+from onp.units import UnitIndex, index_units
+
+Observation = dict[str, np.ndarray]
+
+
+def find_clues(model: nn.Module, data: DefenceData, config: EnvConfig, seed: int) -> Clues:
+    """Make from clean data what the reward needs: the unlearned copy and the recovered trigger."""
+    return Clues(unlearn(model, data, config.unlearn, seed).model, recover_trigger(model, data, config.recovery, seed))
+
+
+class PruningEnv(gym.Env[Observation, np.int64]):
+    """Prune a network that may carry a backdoor, one unit (or unit group) a step.
+
+    The environment is built from a network and clean labelled images alone; it has no place for a trigger.
+
+    ## Action space
+    `Discrete(N + 1)`: action i < N prunes unit i of the index (with `prune_groups` every unit tied to it as well);
+    action N stops. An invalid action (a unit that is pruned already) is a no-op with reward 0 that costs a step and
+    is counted in `info["invalid_actions"]`; it never raises.
+
+    ## Observation space
+    `Dict`, only what changes; what does not change (node features, edges) is `env.unwrapped.graph`, a PyG `Data`.
+
+    | key           | space              | meaning                                                               |
+    |---------------|--------------------|-----------------------------------------------------------------------|
+    | `kept`        | `MultiBinary(N)`   | 1 where a unit is kept                                                |
+    | `action_mask` | `MultiBinary(N+1)` | 1 where an action is valid; stopping always is                        |
+    | `progress`    | `Box(2)`           | fraction of the steps that is left; potential gained since the start  |
+
+    ## Reward
+    The change of the potential, a weighted sum of the terms in `envs.rewards` (weights: `EnvConfig.reward`), so that
+    the return of any prefix of an episode is the worth of its mask.
+
+    ## Start
+    Every unit is kept. `reset(seed=...)` is accepted; nothing in the environment is random.
+
+    ## End
+    `terminated` after the stop action, or when `max_steps` steps (no-ops included) have passed: the observation shows
+    the steps left, so the limit is part of the task and `truncated` is always False.
+
+    ## Info
+    `terms` (unweighted value of every reward term), `potential`, `units_pruned` (units, not groups),
+    `invalid_actions` (this episode), `reward_evaluations` (distinct masks scored since construction, sensitivity
+    passes included), `keep_mask` (the `KeepMask`).
+
+    ## Arguments
+    `model`: the network, giving logits; `data`: the clean images to score masks on; `config`: see `EnvConfig`;
+    `clues`: what the reward needs besides (made from the network and `data` when None, with `seed`).
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's convention)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DefenceData,
+        config: EnvConfig | None = None,
+        clues: Clues | None = None,
+        seed: int = 0,
+        index: UnitIndex | None = None,
+    ) -> None:
+        self.config = config or EnvConfig()
+        self.index = index or index_units(model, data.input_shape)
+        clues = clues or find_clues(model, data, self.config, seed)
+        self.objective = Objective(model, clues, self.index, data, self.config.reward)
+        self.effects = self.objective.sensitivity()
+        self.graph: Data = build_graph(self.index, model, data.inputs, clues.unlearned, self.effects)
+        units = len(self.index)
+        self.observation_space = spaces.Dict(
+            {
+                "kept": spaces.MultiBinary(units),
+                "action_mask": spaces.MultiBinary(units + 1),
+                "progress": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+            }
+        )
+        self.action_space = spaces.Discrete(units + 1)
+        self._start()
+
+    @property
+    def stop_action(self) -> int:
+        """The action that ends the episode."""
+        return len(self.index)
+
+    @property
+    def reward_evaluations(self) -> int:
+        return self.objective.evaluations
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Keep every unit again."""
+        super().reset(seed=seed)
+        self._start()
+        return self._observation(), self._info()
+
+    def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Prune or stop; see the class docstring."""
+        action = int(action)
+        before = self.score.potential
+        self.steps += 1
+        stopped = action == self.stop_action
+        if not stopped and self.mask.keep[action]:
+            self.mask = self.mask.without(self.index.group_of(action) if self.config.prune_groups else [action])
+            self.score = self.objective.score(self.mask)
+        elif not stopped:
+            self.invalid_actions += 1
+        terminated = stopped or self.steps >= self.config.max_steps
+        return self._observation(), self.score.potential - before, terminated, False, self._info()
+
+    def _start(self) -> None:
+        self.mask = KeepMask.all_kept(self.index)
+        self.score = self.initial_score = self.objective.score(self.mask)
+        self.steps = self.invalid_actions = 0
+
+    def _observation(self) -> Observation:
+        kept = self.mask.keep.numpy().astype(np.int8)
+        left = 1 - self.steps / self.config.max_steps
+        gained = self.score.potential - self.initial_score.potential
+        return {
+            "kept": kept,
+            "action_mask": np.append(kept, np.int8(1)),
+            "progress": np.array([left, gained], dtype=np.float32),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "terms": {name: self.score.terms[name] for name in TERMS},
+            "potential": self.score.potential,
+            "units_pruned": self.mask.units_pruned,
+            "invalid_actions": self.invalid_actions,
+            "reward_evaluations": self.reward_evaluations,
+            "keep_mask": self.mask,
+        }

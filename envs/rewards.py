@@ -1,0 +1,171 @@
+"""The reward: one function a term, their weighted sum (the potential), and an objective that scores masks.
+
+Every term sees clean data alone. The terms and their weights are our assumptions: ONP publishes neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onp.config import RewardConfig
+from onp.data import DefenceData
+from onp.engine import Engine
+from onp.masks import KeepMask
+from onp.sensitivity import divergence_effects, first_order_effects, loss_effects
+from onp.trigger_recovery import RecoveredTrigger
+from onp.units import UnitIndex
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What one mask does to clean images; logits have shape (n, classes)."""
+
+    labels: Tensor
+    original: Tensor
+    """logits of the network with every unit kept"""
+    pruned: Tensor
+    """logits of the network under the mask"""
+    unlearned: Tensor
+    """logits of the unlearned copy under the mask"""
+    triggered: Tensor
+    """logits of the network under the mask, with the recovered trigger on those images that are not of its class"""
+    target: int
+    """class that the recovered trigger leads to"""
+    trust: float
+    """trust in the recovered trigger, in [0, 1]"""
+
+
+def clean_accuracy(outputs: Outputs) -> Tensor:
+    """Fraction of images classified as labelled, in [0, 1]."""
+    return (outputs.pruned.argmax(1) == outputs.labels).float().mean()
+
+
+def clean_fidelity(outputs: Outputs) -> Tensor:
+    """Minus the mean KL divergence of the outputs from the original's, in nats, at most 0.
+
+    Soft, since accuracy on images that the network was trained on hardly falls while test accuracy does.
+    """
+    original, pruned = outputs.original.log_softmax(1), outputs.pruned.log_softmax(1)
+    return -F.kl_div(pruned, original, log_target=True, reduction="batchmean")
+
+
+def unlearning(outputs: Outputs) -> Tensor:
+    """Minus the log of the unlearned copy's cross-entropy, floored at half of a uniform guess's.
+
+    Unlearning (arXiv 2305.14876, section 3.2) leaves the backdoor as the only thing the copy knows: it sends clean
+    images to the target class. Units whose loss lowers its cross-entropy are backdoor units. Below the floor the copy
+    has collapsed no longer, and a further fall means nothing.
+    """
+    floor = 0.5 * math.log(outputs.unlearned.shape[1])
+    return -F.cross_entropy(outputs.unlearned, outputs.labels).clamp(min=floor).log()
+
+
+def trigger_resistance(outputs: Outputs) -> Tensor:
+    """Minus the log of the recovered trigger's success (mean probability of its class, floored at 0.01), times the trust in it.
+
+    Backdoors at positions that clean images leave silent show nowhere else.
+    """
+    success = outputs.triggered.softmax(1)[:, outputs.target].mean()
+    return -outputs.trust * success.clamp(min=0.01).log()
+
+
+TERMS: dict[str, Callable[[Outputs], Tensor]] = {
+    "clean_accuracy": clean_accuracy,
+    "clean_fidelity": clean_fidelity,
+    "unlearning": unlearning,
+    "trigger_resistance": trigger_resistance,
+}
+"""reward terms by the names of their weights in `RewardConfig`"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a mask is worth: the potential and every unweighted term."""
+
+    potential: float
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Clues:
+    """What the reward needs besides the network: made once from clean data, used for every mask."""
+
+    unlearned: nn.Module
+    """the unlearned copy, its backdoor alive"""
+    trigger: RecoveredTrigger
+
+
+class Objective:
+    """Scores masks of one network on one set of clean images; a mask seen before is answered from memory.
+
+    `evaluations` counts distinct masks scored, and sensitivity passes.
+    """
+
+    def __init__(
+        self, model: nn.Module, clues: Clues, index: UnitIndex, data: DefenceData, weights: RewardConfig
+    ) -> None:
+        self.model, self.clues, self.index = model, clues, index
+        self.data, self.weights = data, weights
+        self.evaluations = 0
+        self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
+        others = data.images[data.labels != clues.trigger.target]
+        self.triggered_inputs = data.normalise(clues.trigger(others if len(others) else data.images))
+        self._engines = (
+            Engine(model, data.inputs),
+            Engine(clues.unlearned, data.inputs),
+            Engine(model, self.triggered_inputs),
+        )
+        self._original = self._engines[0].logits(KeepMask.all_kept(index))
+
+    def outputs(self, pruned: Tensor, unlearned: Tensor, triggered: Tensor) -> Outputs:
+        """Logits of shape (n, classes) each, joined with what no mask changes."""
+        trigger = self.clues.trigger
+        return Outputs(self.data.labels, self._original, pruned, unlearned, triggered, trigger.target, trigger.trust)
+
+    def sensitivity(self) -> dict[str, Tensor]:
+        """First-order effects of pruning each unit alone, (N,) each, by name; counts as one evaluation per pass.
+
+        `first_order_score` estimates the change of the potential, the best guess of what a unit is worth.
+        """
+        self.evaluations += 4
+        model, unlearned = self.model.eval(), self.clues.unlearned.eval()
+        plain = [engine.logits(KeepMask.all_kept(self.index)) for engine in self._engines]
+
+        def gain(network: nn.Module, inputs: Tensor, place: int, name: str) -> Tensor:
+            def loss() -> Tensor:
+                logits = [*plain]
+                logits[place] = network(inputs)
+                return TERMS[name](self.outputs(*logits))
+
+            return getattr(self.weights, name) * first_order_effects(network, self.index, loss)
+
+        unlearning_gain = gain(unlearned, self.data.inputs, 1, "unlearning")
+        trigger_gain = gain(model, self.triggered_inputs, 2, "trigger_resistance")
+        divergence = divergence_effects(model, self.index, self.data)
+        return {
+            "first_order_unlearning": unlearning_gain,
+            "first_order_trigger": trigger_gain,
+            "first_order_divergence": divergence,
+            "first_order_clean_loss": loss_effects(model, self.index, self.data),
+            "first_order_score": unlearning_gain + trigger_gain - self.weights.clean_fidelity * divergence,
+        }
+
+    def score(self, mask: KeepMask) -> Score:
+        """The worth of `mask`; non-finite outputs count as the lowest finite number."""
+        if mask.key not in self.scores:
+            self.evaluations += 1
+            outputs = self.outputs(*(engine.logits(mask) for engine in self._engines))
+            terms = {name: _finite(float(term(outputs))) for name, term in TERMS.items()}
+            total = sum(getattr(self.weights, name) * value for name, value in terms.items())
+            self.scores[mask.key] = (mask, Score(total, terms))
+        return self.scores[mask.key][1]
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else -1e6

@@ -1,0 +1,1 @@
+"""Attacks, for making and judging test models. Nothing on the defending path imports this package."""

@@ -1,0 +1,114 @@
+"""Every setting, with its meaning: the commands expose these dataclasses as options and save them with the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """RNP's unlearning; the defaults are those of the reference implementation."""
+
+    learning_rate: float = 0.01
+    """step size of SGD"""
+    momentum: float = 0.9
+    """momentum of SGD"""
+    weight_decay: float = 5e-4
+    """weight decay of SGD"""
+    milestones: tuple[int, ...] = (10, 20)
+    """epochs behind which the learning rate falls to a tenth"""
+    batch_size: int = 128
+    """images per step"""
+    max_epochs: int = 21
+    """epochs at the most"""
+    stop_accuracy: float = 0.2
+    """stop when the running accuracy is not above this fraction"""
+    stop_on: Literal["epoch", "batch"] = "epoch"
+    """what the running accuracy is taken over"""
+
+
+@dataclass(frozen=True)
+class TriggerRecoveryConfig:
+    """Neural-Cleanse-style recovery of the trigger from clean images."""
+
+    steps: int = 250
+    """Adam steps, all classes side by side"""
+    learning_rate: float = 0.1
+    """step size of Adam, on the logits of mask and pattern"""
+    batch_size: int = 16
+    """images per class and step"""
+    size_weight: float = 1e-3
+    """first weight of a mask's size; raised by half whenever success passes 98 %, lowered below 95 %"""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights of the reward terms (`envs.rewards`): the potential is their weighted sum."""
+
+    clean_accuracy: float = 1.0
+    """weight of clean accuracy, per accuracy fraction"""
+    clean_fidelity: float = 6.0
+    """weight of minus the KL divergence of clean outputs from the original's, per nat"""
+    unlearning: float = 0.3
+    """weight of minus the log cross-entropy of the unlearned copy under the same mask"""
+    trigger_resistance: float = 0.3
+    """weight of minus the log success of the recovered trigger, times the trust in it"""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The pruning environment."""
+
+    max_steps: int = 16
+    """steps an episode lasts at the most; also the most units that one episode can prune, if it prunes single units"""
+    prune_groups: bool = False
+    """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    unlearn: UnlearnConfig = field(
+        default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=())
+    )
+    """how the unlearned copy behind the reward is made; it stops at the first batch, where the backdoor is still alive"""
+    recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
+    """how the trigger behind the reward is recovered from clean images"""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The GNN policy and PPO."""
+
+    hidden: int = 32
+    """width of the node embeddings"""
+    heads: int = 2
+    """attention heads of each graph layer"""
+    layers: int = 2
+    """graph attention layers"""
+    learning_rate: float = 2e-3
+    """step size of Adam"""
+    n_steps: int = 64
+    """environment steps between two updates"""
+    batch_size: int = 32
+    """steps per gradient step"""
+    n_epochs: int = 5
+    """passes over the steps of an update"""
+    gamma: float = 1.0
+    """discount; 1, since an episode is short and its return is the potential gained"""
+    gae_lambda: float = 0.95
+    """bias-variance trade-off of the advantage estimate"""
+    clip_range: float = 0.2
+    """PPO's clipping range"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    steps_per_evaluation: int = 6
+    """environment steps at the most per reward evaluation of the budget (masks seen before cost no evaluation)"""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What the agent and the searches beside it share."""
+
+    budget: int = 300
+    """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, sensitivity passes included"""
+    finalists: int = 16
+    """best masks of the search half that are scored on the held-out half, where the final one is chosen"""

@@ -1,0 +1,276 @@
+"""Images: where they come from, and the defence data, the only data that the defending path ever sees.
+
+Everywhere in the project an image is a float tensor in [0, 1]; a network's input normalisation is applied
+last, by `Normalisation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision import datasets
+from torchvision.transforms import v2 as transforms
+
+from onp.errors import DataError
+from onp.seeding import seeded
+
+Split = Literal["train", "test"]
+ImageDataset = Dataset[tuple[Tensor, int]]
+NAMED_DATA = ("digits", "cifar10", "fashion_mnist", "gtsrb")
+"""data sets that `--data` knows by name; all but `digits` are downloaded by torchvision"""
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """`(x - mean) / std` per channel; empty tuples leave images as they are."""
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
+            raise DataError(f"--mean {self.mean} and --std {self.std} need equally many values, and every std above 0")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise images of shape (n, channels, height, width)."""
+        if not self.mean:
+            return images
+        if len(self.mean) not in (1, images.shape[1]):
+            raise DataError(f"--mean has {len(self.mean)} values for images of {images.shape[1]} channels")
+        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+@dataclass(frozen=True, eq=False)
+class DefenceData:
+    """The clean labelled images that the defender has.
+
+    `images`: (n, channels, height, width) float32 in [0, 1]; `labels`: (n,) int64 in [0, num_classes).
+    Raises `DataError` where shapes, ranges or types are off.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    normalise: Normalisation = field(default_factory=Normalisation)
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or len(self.images) == 0:
+            raise DataError(f"defence images have shape {tuple(self.images.shape)}; expected (n, channels, height, width), n > 0")
+        if self.labels.shape != (len(self.images),) or self.labels.dtype != torch.int64:
+            raise DataError(
+                f"labels have shape {tuple(self.labels.shape)} and type {self.labels.dtype}; "
+                f"expected one int64 for each of the {len(self.images)} images"
+            )
+        if not self.images.is_floating_point() or not 0 <= float(self.images.min()) <= float(self.images.max()) <= 1:
+            raise DataError("defence images have to be float tensors with values in [0, 1]; normalise with `normalise`")
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+            raise DataError(
+                f"labels run from {int(self.labels.min())} to {int(self.labels.max())}; "
+                f"the network knows classes 0 to {self.num_classes - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """The images as the network takes them."""
+        return self.normalise(self.images)
+
+    def subset(self, indices: Tensor) -> DefenceData:
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def halves(self, seed: int) -> tuple[DefenceData, DefenceData]:
+        """Two class-balanced halves: one to search on, one held out for choosing the final mask."""
+        order = balanced_order(self.labels, seed, turns=2)
+        if len(order) < 2:
+            return self, self
+        return self.subset(order[0::2]), self.subset(order[1::2])
+
+    def to(self, device: torch.device) -> DefenceData:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def balanced_order(labels: Tensor, seed: int, turns: int = 1) -> Tensor:
+    """All indices, shuffled within classes, classes taking turns: any prefix is as balanced as can be.
+
+    Classes come in pairs of turns, so that every second index of the order is balanced too.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    turn = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        turn[members] = torch.arange(len(members), device=labels.device)
+    return shuffled[torch.argsort(turn[shuffled] // turns * turns * (int(labels.max()) + 1) + labels[shuffled] * turns + turn[shuffled] % turns)]
+
+
+def draw_defence_data(
+    dataset: ImageDataset, size: int, num_classes: int, normalise: Normalisation, seed: int
+) -> DefenceData:
+    """Draw `size` images, equally many per class as far as they go. Raises `DataError` where that is impossible."""
+    labels = torch.tensor(labels_of(dataset))
+    if not 1 <= size <= len(labels):
+        raise DataError(f"--defence-size {size}: expected 1 to {len(labels)}, the number of training images")
+    if int(labels.max()) >= num_classes:
+        raise DataError(f"the data has labels up to {int(labels.max())}; the network knows classes 0 to {num_classes - 1}")
+    order = balanced_order(labels, seed)[:size]
+    images = torch.stack([dataset[i][0] for i in order.tolist()])
+    return DefenceData(images, labels[order], num_classes, normalise)
+
+
+def batches(dataset: ImageDataset, batch_size: int = 250) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels in order, as tensors of up to `batch_size`."""
+    yield from DataLoader(dataset, batch_size=batch_size)
+
+
+# --- sources --------------------------------------------------------------------------------------------
+
+
+class ImageFolder(datasets.ImageFolder):
+    """torchvision's image folder, with the classes of the training folder and one clear error for a broken image."""
+
+    def __init__(self, root: Path, transform: Any, classes: list[str] | None = None) -> None:
+        self.given_classes = classes
+        super().__init__(str(root), transform)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        found, index = super().find_classes(directory)
+        if self.given_classes is None:
+            return found, index
+        unknown = sorted(set(found) - set(self.given_classes))
+        if unknown:
+            raise DataError(f"{directory} has classes {unknown} that the training folder lacks")
+        known = {name: number for number, name in enumerate(self.given_classes) if name in found}
+        return self.given_classes, known
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        try:
+            image = self.loader(path)
+        except OSError as error:
+            raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+        assert self.transform is not None
+        return self.transform(image), label
+
+
+def load_dataset(data: str, split: Split, channels: int, image_size: int | None, download_root: Path) -> ImageDataset | None:
+    """Open one split of `data`: a name of `NAMED_DATA`, or a folder that holds train/ and perhaps test/.
+
+    Images come as float tensors in [0, 1] of shape (channels, height, width), resized to `image_size` if given.
+    Returns None where a folder has no test/. Raises `DataError` where there is nothing to read.
+    """
+    if data == "digits":
+        return _digits(split)
+    convert = [transforms.Grayscale(channels)] if channels in (1, 3) and data == "fashion_mnist" or channels == 1 else []
+    size = image_size or (32 if data == "gtsrb" else None)
+    resize = [transforms.Resize((size, size), antialias=True)] if size else []
+    transform = transforms.Compose(
+        [*convert, transforms.ToImage(), *resize, transforms.ToDtype(torch.float32, scale=True), transforms.ToPureTensor()]
+    )
+    return _folder(Path(data), split, transform, bool(size)) if data not in NAMED_DATA else _download(data, split, transform, download_root)
+
+
+def _folder(root: Path, split: Split, transform: Any, resized: bool) -> ImageDataset | None:
+    if not (root / "train").is_dir():
+        raise DataError(
+            f"data {str(root)!r} is neither a folder that holds train/CLASS/IMAGE nor one of {', '.join(NAMED_DATA)}"
+        )
+    if split == "test" and not (root / "test").is_dir():
+        return None
+    try:
+        train = ImageFolder(root / "train", transform)
+        dataset = train if split == "train" else ImageFolder(root / "test", transform, train.classes)
+    except FileNotFoundError as error:
+        raise DataError(f"no images in {root / split}: expected {split}/CLASS/IMAGE.png or .jpg") from error
+    _check_sizes(dataset, root / split, resized)
+    return dataset
+
+
+def _check_sizes(dataset: ImageFolder, root: Path, resized: bool) -> None:
+    dataset[0]
+    shapes = set()
+    for path, _ in dataset.samples if not resized else []:
+        try:
+            with Image.open(path) as image:
+                shapes.add((image.height, image.width))
+        except OSError as error:
+            raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+    if len(shapes) > 1:
+        raise DataError(f"images in {root} differ in size ({', '.join(map(str, sorted(shapes)))}); give --image-size")
+
+
+def _download(data: str, split: Split, transform: Any, root: Path) -> ImageDataset:
+    train = split == "train"
+    try:
+        if data == "cifar10":
+            return datasets.CIFAR10(str(root), train, transform, download=True)
+        if data == "gtsrb":
+            return datasets.GTSRB(str(root), split, transform, download=True)
+        return datasets.FashionMNIST(str(root), train, transform, download=True)
+    except Exception as error:
+        raise DataError(
+            f"torchvision could not provide {data} in {root} ({str(error).splitlines()[0] if str(error) else error!r}); "
+            "check the network, or give an image folder"
+        ) from error
+
+
+def _digits(split: Split) -> ImageDataset:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, grey: 1,297 to train on and 500 to test on."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(bunch.target)
+    order = balanced_order(labels, seed=0)
+    chosen = order[500:] if split == "train" else order[:500]
+    return TensorImages(images[chosen], labels[chosen])
+
+
+class TensorImages(TensorDataset):
+    """Images and labels held in memory, as a dataset of (image, int)."""
+
+    def __getitem__(self, index: Any) -> Any:
+        image, label = super().__getitem__(index)
+        return image, int(label)
+
+
+def labels_of(dataset: ImageDataset) -> list[int]:
+    """All labels without loading the images where the dataset knows them."""
+    targets: Sequence[int] | Tensor | None = getattr(dataset, "targets", None)
+    if targets is not None:
+        return [int(label) for label in targets]
+    if isinstance(dataset, TensorDataset):
+        return [int(label) for label in dataset.tensors[1]]
+    if isinstance(dataset, datasets.GTSRB):
+        return [label for _, label in dataset._samples]
+    return [int(dataset[index][1]) for index in range(len(dataset))]  # type: ignore[arg-type]
+
+
+def class_count(dataset: ImageDataset) -> int:
+    """The number of classes that the training data names."""
+    classes = getattr(dataset, "classes", None)
+    return len(classes) if classes else max(labels_of(dataset)) + 1
+
+
+def random_crop_and_flip(images: Tensor, seed: int) -> Tensor:
+    """Zero-pad by an eighth of the height (4 at 32 pixels), crop at random and flip half of the images.
+
+    `images` has shape (n, channels, height, width); every image draws its own crop and flip.
+    """
+    padding = images.shape[2] // 8
+    crop = transforms.Compose([transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip()])
+    with seeded(seed):
+        return torch.stack([crop(image) for image in images])

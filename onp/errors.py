@@ -1,0 +1,25 @@
+"""Errors that a user can act on: the commands print them as one line and exit with code 2."""
+
+
+class OnpError(Exception):
+    """Base of every error that names a bad input, what was expected and what to do."""
+
+
+class ConfigError(OnpError):
+    """An option or a combination of options makes no sense."""
+
+
+class CheckpointError(OnpError):
+    """A checkpoint cannot be read or does not fit the network."""
+
+
+class ModelError(OnpError):
+    """A network cannot be built, traced or pruned."""
+
+
+class DataError(OnpError):
+    """Images, labels or a trigger specification cannot be used."""
+
+
+class MaskError(OnpError):
+    """A keep mask does not fit the network or its pruning rule."""

@@ -1,0 +1,129 @@
+"""The keep mask: which units stay, applied for a while (`masked`) or for good (`apply_mask`).
+
+The two agree bit for bit, since both zero the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from onp.errors import MaskError
+from onp.units import UnitIndex
+
+Rule = Literal["zero", "gamma"]
+"""How a unit is pruned: `zero` makes its output zero (`onp.units`); `gamma` is RNP's, which zeroes gamma alone and leaves a constant beta."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeepMask:
+    """Which units of a network stay: `keep` has shape (N,), bool, True = kept."""
+
+    index: UnitIndex
+    keep: Tensor
+    rule: Rule = "zero"
+
+    def __post_init__(self) -> None:
+        if self.keep.shape != (len(self.index),) or self.keep.dtype != torch.bool:
+            raise MaskError(
+                f"a keep mask of shape {tuple(self.keep.shape)} and type {self.keep.dtype} does not fit "
+                f"a network of {len(self.index)} units; give a bool tensor of shape ({len(self.index)},)"
+            )
+        if self.rule == "gamma" and not bool((self.keep | self.index.batch_norm_units).all()):
+            unit = int((~self.keep & ~self.index.batch_norm_units).nonzero()[0])
+            raise MaskError(f"rule 'gamma' cannot prune {self.index.name(unit)}: no batch-norm gates it; use rule 'zero'")
+
+    @classmethod
+    def all_kept(cls, index: UnitIndex, rule: Rule = "zero") -> KeepMask:
+        return cls(index, torch.ones(len(index), dtype=torch.bool), rule)
+
+    def without(self, units: Iterable[int] | Tensor) -> KeepMask:
+        """This mask with `units` pruned too."""
+        keep = self.keep.clone()
+        keep[torch.as_tensor(list(units), dtype=torch.long)] = False
+        return KeepMask(self.index, keep, self.rule)
+
+    @property
+    def units_pruned(self) -> int:
+        return int((~self.keep).sum())
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal masks of one network."""
+        return self.rule.encode() + self.keep.numpy().tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """A readable form: the pruned units of every layer that loses some."""
+        pruned = {
+            layer.name: [i for i in range(layer.size) if not self.keep[layer.offset + i]]
+            for layer in self.index
+        }
+        return {
+            "rule": self.rule,
+            "units": len(self.index),
+            "units_pruned": self.units_pruned,
+            "pruned": {name: units for name, units in pruned.items() if units},
+        }
+
+    @classmethod
+    def from_json(cls, index: UnitIndex, record: dict[str, Any]) -> KeepMask:
+        """The inverse of `to_json`; raises `MaskError` where the record does not fit the network."""
+        try:
+            rule, units, pruned = record["rule"], record["units"], record["pruned"]
+        except (KeyError, TypeError) as error:
+            raise MaskError(f"not a mask record: {error} is missing") from error
+        if rule not in ("zero", "gamma"):
+            raise MaskError(f"unknown pruning rule {rule!r}; expected 'zero' or 'gamma'")
+        if not isinstance(pruned, dict) or not all(isinstance(members, list) for members in pruned.values()):
+            raise MaskError(f"not a mask record: 'pruned' has to map layers to lists of units, not {pruned}")
+        layers = {layer.name: layer for layer in index}
+        unknown = sorted(set(pruned) - set(layers))
+        if units != len(index) or unknown:
+            raise MaskError(
+                f"the mask is for a network of {units} units with layers {unknown or 'as here'}, this one has {len(index)} units"
+            )
+        keep = torch.ones(len(index), dtype=torch.bool)
+        for name, members in pruned.items():
+            if any(not isinstance(i, int) or not 0 <= i < layers[name].size for i in members):
+                raise MaskError(f"layer {name} has units 0 to {layers[name].size - 1}; the mask names {members}")
+            keep[[layers[name].offset + i for i in members]] = False
+        return cls(index, keep, rule)
+
+
+def apply_mask(model: nn.Module, mask: KeepMask) -> None:
+    """Prune `model` in place, for good; keys and shapes of its state dict stay."""
+    with torch.no_grad():
+        for parameter, axis, units in _zeroed(model, mask):
+            parameter.index_fill_(axis, units, 0.0)
+
+
+@contextmanager
+def masked(model: nn.Module, mask: KeepMask) -> Iterator[nn.Module]:
+    """`model` pruned inside the `with` block and restored bit for bit behind it."""
+    saved: dict[nn.Parameter, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for parameter, axis, units in _zeroed(model, mask):
+                saved.setdefault(parameter, parameter.detach().clone())
+                parameter.index_fill_(axis, units, 0.0)
+        yield model
+    finally:
+        with torch.no_grad():
+            for parameter, value in saved.items():
+                parameter.copy_(value)
+
+
+def _zeroed(model: nn.Module, mask: KeepMask) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+    """The parameter slices that the mask sets to zero: (parameter, axis, positions on it)."""
+    for layer in mask.index:
+        units = (~mask.keep[layer.offset : layer.offset + layer.size]).nonzero().flatten()
+        if units.numel():
+            gates = layer.gates if mask.rule == "zero" else layer.gates[:1]
+            for name, axis in gates:
+                parameter = model.get_parameter(name)
+                yield parameter, axis, units.to(parameter.device)

@@ -1,0 +1,64 @@
+"""The network registry: names that `--model` takes, and networks from a user's own file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torchvision
+from torch import nn
+
+from onp.errors import ModelError
+from onp.models.resnet import CifarResNet18
+from onp.models.small import SmallCNN, SmallVGG
+from onp.models.wide_resnet import WideResNet16x1
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "small_vgg": SmallVGG,
+    "wide_resnet16_1": WideResNet16x1,
+    "cifar_resnet18": CifarResNet18,
+}
+"""our networks: name -> constructor of (input channels, classes)"""
+
+
+def model_names() -> list[str]:
+    """Every registered name: ours, then torchvision's classifiers."""
+    return [*MODELS, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
+    """Build a registered network, or call `path/to/file.py:function`, without weights.
+
+    The function takes no arguments and returns a module that gives logits. It is the user's own code and is
+    executed as such. torchvision's classifiers take three input channels.
+    Raises `ModelError` for an unknown name, a missing file or function, or a function that fails.
+    """
+    if name in MODELS:
+        return MODELS[name](in_channels, num_classes)
+    if ":" in name:
+        return _from_file(name)
+    if name in torchvision.models.list_models(module=torchvision.models):
+        extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    raise ModelError(
+        f"unknown model {name!r}; choose from {', '.join(MODELS)}, a torchvision classifier such as resnet18, "
+        "or give path/to/file.py:function"
+    )
+
+
+def _from_file(name: str) -> nn.Module:
+    path, _, function_name = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location("onp_user_model", path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise ModelError(f"model file {path!r} is not a Python file; expected path/to/file.py:function")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        model = getattr(module, function_name)()
+    except Exception as error:
+        raise ModelError(f"{name} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module that gives logits")
+    return model

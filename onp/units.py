@@ -1,0 +1,374 @@
+"""Units, unit layers and unit groups: everything that can be pruned, under one index.
+
+A *unit* is an output channel of a convolution (with the batch-norm that alone reads it), a channel of a
+batch-norm that reads anything else (a residual sum, a concatenation), a neuron of a hidden linear layer,
+or one input position of a linear layer behind a flatten. Units are found by tracing with `torch.fx`, so
+no table of architectures is needed. Output layers (what produces the logits) hold no units.
+
+Pruning a unit makes its output exactly zero, by zeroing parameters (its *gates*):
+
+| kind           | gates                                                                       |
+|----------------|-----------------------------------------------------------------------------|
+| `conv`         | gamma and beta of the batch-norm that alone reads it; else kernel and bias   |
+| `batch_norm`   | gamma and beta: only what reads the batch-norm sees the change               |
+| `linear`       | like `conv`: the batch-norm behind it, else weight row and bias              |
+| `linear_input` | the weight column of that position                                          |
+
+Channels that a residual addition (or a product, as in squeeze-and-excitation) ties together form a *group*.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from onp.errors import ModelError
+
+UnitKind = Literal["conv", "batch_norm", "linear", "linear_input"]
+KINDS: tuple[UnitKind, ...] = ("conv", "batch_norm", "linear", "linear_input")
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNELWISE = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.PReLU)
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_REORDERINGS = ("permute", "transpose", "movedim", "swapaxes", "unflatten", "chunk", "split", "getitem", "unbind")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What arrives at the input channels of a module.
+
+    Each tensor of `units` has shape (channels,) and holds, per input channel, the unit that writes it
+    (-1: none). There are several where residual additions overlay several writers.
+    """
+
+    axis: int
+    units: tuple[Tensor, ...]
+    positions: int = 1
+    """input positions per channel: height x width behind a flatten, else 1"""
+    flattened: bool = False
+
+
+@dataclass(frozen=True)
+class UnitLayer:
+    """Units of one kind in one module; unit `i` of the layer is unit `offset + i` of the index."""
+
+    name: str
+    """module path (that of the batch-norm where one gates the units; with `.input` for input positions)"""
+    kind: UnitKind
+    offset: int
+    size: int
+    gates: tuple[tuple[str, int], ...]
+    """parameters to zero, each with the axis that runs over the units"""
+    weight: str | None
+    """module path of the kernels that write the units (None where a unit only gates what it reads)"""
+    batch_norm: str | None
+    """module path of the batch-norm that gates the units"""
+    module: str
+    """path of the module whose output (input, for `linear_input`) the units are"""
+    reads: Reads | None
+    """what the layer reads; None where the trace lost track of it"""
+
+    @property
+    def units(self) -> range:
+        return range(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """A module that produces logits: it reads units and holds none."""
+
+    module: str
+    reads: Reads | None
+
+
+@dataclass(frozen=True, eq=False)
+class UnitIndex:
+    """Every prunable unit of one network, in the order in which the network computes them."""
+
+    layers: tuple[UnitLayer, ...]
+    outputs: tuple[OutputLayer, ...]
+    groups: Tensor
+    """(N,) int64: units with equal numbers are tied by residual additions"""
+
+    def __len__(self) -> int:
+        return sum(layer.size for layer in self.layers)
+
+    def __iter__(self) -> Iterator[UnitLayer]:
+        return iter(self.layers)
+
+    @cached_property
+    def layer_of(self) -> Tensor:
+        """(N,) int64: the number of each unit's layer."""
+        sizes = torch.tensor([layer.size for layer in self.layers])
+        return torch.repeat_interleave(torch.arange(len(self.layers)), sizes)
+
+    def name(self, unit: int) -> str:
+        """`LAYER[i]`, e.g. `block3.layer.0.bn2[57]`."""
+        layer = self.layers[int(self.layer_of[unit])]
+        return f"{layer.name}[{unit - layer.offset}]"
+
+    def group_of(self, unit: int) -> Tensor:
+        """Units tied to `unit`, itself included, int64."""
+        return (self.groups == self.groups[unit]).nonzero().flatten()
+
+    @cached_property
+    def batch_norm_units(self) -> Tensor:
+        """(N,) bool: units that a batch-norm gates, i.e. those RNP knows."""
+        gated = torch.tensor([layer.batch_norm is not None for layer in self.layers])
+        return gated[self.layer_of]
+
+
+def index_units(model: nn.Module, input_shape: tuple[int, ...]) -> UnitIndex:
+    """Find the units of `model`, which takes images of `input_shape` (channels, height, width).
+
+    Raises `ModelError` where the network cannot be traced, does not fit the images, or has no unit.
+    """
+    return _Tracing(model, input_shape).index()
+
+
+def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
+    traced = copy.deepcopy(model).cpu().eval()
+    try:
+        graph_module = fx.symbolic_trace(traced)
+    except Exception as error:
+        raise ModelError(
+            f"cannot trace {type(model).__name__}: {_first_line(error)}; data-dependent Python control flow "
+            "in forward() has to go"
+        ) from error
+    try:
+        with torch.no_grad():
+            ShapeProp(graph_module).propagate(torch.zeros(2, *input_shape))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not accept images of shape {input_shape}: {_first_line(error)}"
+        ) from error
+    return graph_module
+
+
+def _first_line(error: Exception) -> str:
+    """ShapeProp wraps the cause and prints it behind the user's stack: the root cause says it best."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _Tracing:
+    """One walk over the traced network that assigns units and follows the channels that carry them."""
+
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
+        self.type_name = type(model).__name__
+        self.graph_module = _trace(model, input_shape)
+        self.modules = dict(self.graph_module.named_modules())
+        self.output_nodes = self._output_nodes()
+        self.layers: list[UnitLayer] = []
+        self.outputs: list[OutputLayer] = []
+        self.size = 0
+        self.parent: list[int] = []
+        self.reads: dict[fx.Node, Reads | None] = {}
+        self.indexed: set[str] = set()
+
+    def index(self) -> UnitIndex:
+        for node in self.graph_module.graph.nodes:
+            self.reads[node] = self._visit(node)
+        if not self.layers:
+            raise ModelError(f"{self.type_name} has no prunable unit: no hidden convolution, batch-norm or linear layer")
+        roots = torch.tensor([self._root(unit) for unit in range(self.size)])
+        return UnitIndex(tuple(self.layers), tuple(self.outputs), torch.unique(roots, return_inverse=True)[1])
+
+    # --- which modules produce the logits -------------------------------------------------------------
+
+    def _output_nodes(self) -> set[fx.Node]:
+        """Nodes from which the logits follow without another convolution or linear layer."""
+        found: set[fx.Node] = set()
+        queue = [node for node in self.graph_module.graph.nodes if node.op == "output"]
+        while queue:
+            node = queue.pop()
+            for source in node.all_input_nodes:
+                if source not in found:
+                    found.add(source)
+                    if not isinstance(self._module(source), (nn.Linear, *_CONVOLUTIONS)):
+                        queue.append(source)
+        self.output_path = {str(node.target) for node in found if node.op == "call_module"}
+        return {node for node in found if isinstance(self._module(node), (nn.Linear, *_CONVOLUTIONS))}
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    # --- following channels ---------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> Reads | None:
+        """The units that the channels of the node's output carry; None where that is unknown."""
+        if _shape(node) is None:
+            return None
+        module = self._module(node)
+        if isinstance(module, _CONVOLUTIONS):
+            return self._visit_weighted(node, module, axis=1, size=module.out_channels)
+        if isinstance(module, nn.Linear):
+            return self._visit_weighted(node, module, axis=len(_require_shape(node)) - 1, size=module.out_features)
+        if isinstance(module, _BATCH_NORMS):
+            return self._visit_batch_norm(node, module)
+        if isinstance(module, nn.Module) and not isinstance(module, _CHANNELWISE) and any(True for _ in module.parameters()):
+            return None
+        return self._visit_plain(node)
+
+    def _visit_weighted(self, node: fx.Node, module: nn.Module, axis: int, size: int) -> Reads | None:
+        reads = self._input(node)
+        if isinstance(module, nn.Linear):
+            reads = self._input_positions(node, reads)
+        path = str(node.target)
+        if node in self.output_nodes:
+            self.outputs.append(OutputLayer(path, reads))
+            return None
+        if path in self.output_path:
+            return None
+        if self._gating_batch_norm(node) is not None:
+            return reads  # the batch-norm becomes the unit and needs to know what its convolution reads
+        gates = [(f"{path}.weight", 0)] + ([(f"{path}.bias", 0)] if module.bias is not None else [])
+        kind: UnitKind = "linear" if isinstance(module, nn.Linear) else "conv"
+        return self._add_layer(path, kind, size, tuple(gates), path, None, path, reads, axis)
+
+    def _gating_batch_norm(self, node: fx.Node) -> nn.Module | None:
+        users = list(node.users)
+        module = self._module(users[0]) if len(users) == 1 else None
+        return module if isinstance(module, _BATCH_NORMS) else None
+
+    def _visit_batch_norm(self, node: fx.Node, module: nn.Module) -> Reads | None:
+        source = node.all_input_nodes[0]
+        writer = self._module(source)
+        alone = isinstance(writer, (nn.Linear, *_CONVOLUTIONS)) and len(source.users) == 1
+        if str(node.target) in self.output_path:
+            return None
+        if not module.affine:  # no gate here; a convolution's unit would not be zero behind it
+            return None if alone else self.reads[source]
+        path = str(node.target)
+        kind: UnitKind = "batch_norm"
+        if alone:
+            kind = "linear" if isinstance(writer, nn.Linear) else "conv"
+        weight = str(source.target) if alone else None
+        gates = ((f"{path}.weight", 0), (f"{path}.bias", 0))
+        reads = self.reads[source]
+        return self._add_layer(path, kind, int(module.num_features), gates, weight, path, path, reads, axis=1)
+
+    def _input_positions(self, node: fx.Node, reads: Reads | None) -> Reads | None:
+        """Make units of the input positions behind a flatten, where no single unit controls each of them already."""
+        if reads is None or not reads.flattened or (reads.positions == 1 and len(reads.units) == 1):
+            return reads
+        path = str(node.target)
+        size = int(self.modules[path].in_features)
+        return self._add_layer(
+            f"{path}.input", "linear_input", size, ((f"{path}.weight", 1),), None, None, path, reads, reads.axis
+        )
+
+    def _add_layer(
+        self,
+        name: str,
+        kind: UnitKind,
+        size: int,
+        gates: tuple[tuple[str, int], ...],
+        weight: str | None,
+        batch_norm: str | None,
+        module: str,
+        reads: Reads | None,
+        axis: int,
+    ) -> Reads | None:
+        if name in self.indexed:  # a module called twice is one set of units
+            return None
+        self.indexed.add(name)
+        self.layers.append(UnitLayer(name, kind, self.size, size, gates, weight, batch_norm, module, reads))
+        units = torch.arange(self.size, self.size + size)
+        self.size += size
+        self.parent.extend(units.tolist())
+        return Reads(axis, (units,))
+
+    def _visit_plain(self, node: fx.Node) -> Reads | None:
+        """Parameter-free operations: sums, concatenations, flattens, and whatever keeps channels in place."""
+        name = getattr(node.target, "__name__", str(node.target))
+        shape = _require_shape(node)
+        carried = [reads for source in node.all_input_nodes if (reads := self.reads[source]) is not None]
+        if not carried:
+            return None
+        if node.target in _SUMS or node.target in _PRODUCTS:
+            return self._merge(carried, shape)
+        if name in ("cat", "concat", "concatenate"):
+            return self._concatenate(node)
+        first, source_shape = carried[0], _require_shape(node.all_input_nodes[0])
+        if len(carried) > 1 or name in _REORDERINGS:
+            return self._permuted(node, first) if name == "permute" else None
+        channels = first.units[0].numel()
+        if len(shape) == 2 and len(source_shape) > 2 and first.axis == 1 and shape[1] == prod(source_shape[1:]):
+            positions = prod(source_shape[2:])
+            spread = tuple(units.repeat_interleave(positions) for units in first.units)
+            return Reads(1, spread, positions, flattened=True)
+        kept = first.axis < len(shape) and shape[first.axis] == channels
+        return first if kept else None
+
+    def _merge(self, carried: list[Reads], shape: tuple[int, ...]) -> Reads | None:
+        first = carried[0]
+        width = shape[first.axis] if first.axis < len(shape) else -1
+        if any(reads.axis != first.axis or reads.units[0].numel() != width for reads in carried):
+            return None
+        merged = list(first.units)
+        for reads in carried[1:]:
+            merged += [units for units in reads.units if not any(torch.equal(units, known) for known in merged)]
+        for writers in zip(*(units.tolist() for units in merged), strict=True):
+            known = [unit for unit in writers if unit >= 0]
+            for unit in known[1:]:
+                self.parent[self._root(unit)] = self._root(known[0])
+        return Reads(first.axis, tuple(merged), first.positions, first.flattened)
+
+    def _concatenate(self, node: fx.Node) -> Reads | None:
+        sources = node.args[0] if node.args else node.kwargs["tensors"]
+        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not isinstance(sources, (list, tuple)) or not isinstance(axis, int):
+            return None
+        axis %= len(_require_shape(node))
+        parts = [(self.reads[s], _require_shape(s)[axis]) for s in sources if isinstance(s, fx.Node)]
+        if any(reads is not None and reads.axis != axis for reads, _ in parts):
+            return None
+        depth = max((len(reads.units) for reads, _ in parts if reads is not None), default=0)
+        empty = [torch.full((width,), -1) for _, width in parts]
+        overlays = []
+        for level in range(depth):
+            pieces = [
+                reads.units[level] if reads is not None and level < len(reads.units) else blank
+                for (reads, _), blank in zip(parts, empty, strict=True)
+            ]
+            overlays.append(torch.cat(pieces))
+        known = [reads for reads, _ in parts if reads is not None]
+        positions, flattened = max((r.positions for r in known), default=1), any(r.flattened for r in known)
+        return Reads(axis, tuple(overlays), positions, flattened) if overlays else None
+
+    def _permuted(self, node: fx.Node, reads: Reads) -> Reads | None:
+        order: Any = node.args[1:] or tuple(node.kwargs.values())[-1:]
+        order = order[0] if len(order) == 1 else order
+        ndim = len(_require_shape(node))
+        return Reads([int(axis) % ndim for axis in order].index(reads.axis), reads.units)
+
+    def _input(self, node: fx.Node) -> Reads | None:
+        return self.reads[node.all_input_nodes[0]] if node.all_input_nodes else None
+
+    def _root(self, unit: int) -> int:
+        while self.parent[unit] != unit:
+            self.parent[unit] = self.parent[self.parent[unit]]
+            unit = self.parent[unit]
+        return unit
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    meta = node.meta.get("tensor_meta")
+    return tuple(meta.shape) if hasattr(meta, "shape") else None
+
+
+def _require_shape(node: fx.Node) -> tuple[int, ...]:
+    return _shape(node) or ()
