@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from onp.data import DefenceData, random_crop_and_flip
+from onp.data import DefenceData, augmented_batches
 from onp.errors import ModelError
 from onp.seeding import seeded
 from onp.units import UnitIndex
@@ -47,12 +47,10 @@ def recover(unlearned: nn.Module, index: UnitIndex, data: DefenceData, config: R
     generator = torch.Generator().manual_seed(seed)
     with seeded(seed):
         for _ in range(config.epochs):
-            for indices in torch.randperm(len(data), generator=generator).split(config.batch_size):
-                batch = data.subset(indices.to(data.images.device))
-                images = random_crop_and_flip(batch.images, int(torch.randint(2**31, (1,), generator=generator)))
-                logits = functional_call(model, _masked_gammas(model, index, values), data.normalise(images))
+            for inputs, labels in augmented_batches(data, config.batch_size, generator):
+                logits = functional_call(model, _masked_gammas(model, index, values), inputs)
                 optimizer.zero_grad()
-                (config.loss_weight * F.cross_entropy(logits, batch.labels)).backward()
+                (config.loss_weight * F.cross_entropy(logits, labels)).backward()
                 optimizer.step()
                 with torch.no_grad():
                     values.clamp_(0, 1)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from onp.config import UnlearnConfig
-from onp.data import DefenceData, random_crop_and_flip
+from onp.data import DefenceData, augmented_batches
+from onp.errors import ModelError
 from onp.seeding import seeded
 
 
@@ -30,7 +31,7 @@ def unlearn(model: nn.Module, data: DefenceData, config: UnlearnConfig, seed: in
     """Maximise the cross-entropy of a copy of `model` on clean data until its accuracy falls to chance.
 
     SGD over all parameters in train mode, on batches with random crop and flip. The stop looks at the running
-    accuracy of the epoch (RNP's way) or of each batch (`config.stop_on`).
+    accuracy of the epoch (RNP's way) or of each batch (`config.stop_on`). Raises `ModelError` where it diverges.
     """
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(
@@ -43,17 +44,20 @@ def unlearn(model: nn.Module, data: DefenceData, config: UnlearnConfig, seed: in
         while epoch < config.max_epochs and not reached:
             epoch += 1
             correct = seen = 0
-            for indices in torch.randperm(len(data), generator=generator).split(config.batch_size):
-                batch = data.subset(indices.to(data.images.device))
-                images = random_crop_and_flip(batch.images, int(torch.randint(2**31, (1,), generator=generator)))
-                logits = model(data.normalise(images))
+            for inputs, labels in augmented_batches(data, config.batch_size, generator):
+                logits = model(inputs)
+                if not bool(torch.isfinite(logits).all()):
+                    raise ModelError(
+                        f"unlearning diverged in epoch {epoch}: the outputs are not finite; lower its learning rate "
+                        f"({config.learning_rate})"
+                    )
                 optimizer.zero_grad()
-                (-F.cross_entropy(logits, batch.labels)).backward()
+                (-F.cross_entropy(logits, labels)).backward()
                 optimizer.step()
-                hits = int((logits.argmax(1) == batch.labels).sum())
-                correct, seen = correct + hits, seen + len(batch)
-                if config.stop_on == "batch" and hits / len(batch) <= config.stop_accuracy:
-                    accuracy, reached = hits / len(batch), True
+                hits = int((logits.argmax(1) == labels).sum())
+                correct, seen = correct + hits, seen + len(labels)
+                if config.stop_on == "batch" and hits / len(labels) <= config.stop_accuracy:
+                    accuracy, reached = hits / len(labels), True
                     break
             else:
                 accuracy = correct / seen

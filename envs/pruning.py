@@ -16,7 +16,6 @@ from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.graph import build_graph
-from onp.masks import KeepMask
 from onp.trigger_recovery import recover_trigger
 from onp.units import UnitIndex, index_units
 
@@ -126,7 +125,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         return self._observation(), self.score.potential - before, terminated, False, self._info()
 
     def _start(self) -> None:
-        self.mask = KeepMask.all_kept(self.index)
+        self.mask = self.objective.all_kept
         self.score = self.initial_score = self.objective.score(self.mask)
         self.steps = self.invalid_actions = 0
 

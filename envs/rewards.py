@@ -112,6 +112,7 @@ class Objective:
     ) -> None:
         self.model, self.clues, self.index = model, clues, index
         self.data, self.weights = data, weights
+        self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
         others = data.images[data.labels != clues.trigger.target]
@@ -121,7 +122,7 @@ class Objective:
             Engine(clues.unlearned, data.inputs),
             Engine(model, self.triggered_inputs),
         )
-        self._original = self._engines[0].logits(KeepMask.all_kept(index))
+        self._original = self._engines[0].logits(self.all_kept)
 
     def outputs(self, pruned: Tensor, unlearned: Tensor, triggered: Tensor) -> Outputs:
         """Logits of shape (n, classes) each, joined with what no mask changes."""
@@ -135,7 +136,7 @@ class Objective:
         """
         self.evaluations += 4
         model, unlearned = self.model.eval(), self.clues.unlearned.eval()
-        plain = [engine.logits(KeepMask.all_kept(self.index)) for engine in self._engines]
+        plain = [engine.logits(self.all_kept) for engine in self._engines]
 
         def gain(network: nn.Module, inputs: Tensor, place: int, name: str) -> Tensor:
             def loss() -> Tensor:

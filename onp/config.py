@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 
@@ -102,13 +101,3 @@ class AgentConfig:
     """weight of the entropy bonus"""
     steps_per_evaluation: int = 6
     """environment steps at the most per reward evaluation of the budget (masks seen before cost no evaluation)"""
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """What the agent and the searches beside it share."""
-
-    budget: int = 300
-    """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, sensitivity passes included"""
-    finalists: int = 16
-    """best masks of the search half that are scored on the held-out half, where the final one is chosen"""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
@@ -173,7 +174,7 @@ def load_dataset(data: str, split: Split, channels: int, image_size: int | None,
     Returns None where a folder has no test/. Raises `DataError` where there is nothing to read.
     """
     if data == "digits":
-        return _digits(split)
+        return _digits(split, image_size or 16)
     convert = [transforms.Grayscale(channels)] if channels in (1, 3) and data == "fashion_mnist" or channels == 1 else []
     size = image_size or (32 if data == "gtsrb" else None)
     resize = [transforms.Resize((size, size), antialias=True)] if size else []
@@ -227,12 +228,13 @@ def _download(data: str, split: Split, transform: Any, root: Path) -> ImageDatas
         ) from error
 
 
-def _digits(split: Split) -> ImageDataset:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, grey: 1,297 to train on and 500 to test on."""
+def _digits(split: Split, size: int) -> ImageDataset:
+    """scikit-learn's 1,797 handwritten digits, grey, enlarged from 8 x 8: 1,297 to train on and 500 to test on."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = F.interpolate(images, (size, size), mode="bilinear")
     labels = torch.tensor(bunch.target)
     order = balanced_order(labels, seed=0)
     chosen = order[500:] if split == "train" else order[:500]
@@ -274,3 +276,16 @@ def random_crop_and_flip(images: Tensor, seed: int) -> Tensor:
     crop = transforms.Compose([transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip()])
     with seeded(seed):
         return torch.stack([crop(image) for image in images])
+
+
+def augmented_batches(data: DefenceData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One shuffled epoch of (inputs, labels), randomly cropped and flipped, then normalised.
+
+    A last batch of a single image is left out, since batch-norm cannot train on it, unless it is all there is.
+    """
+    for indices in torch.randperm(len(data), generator=generator).split(batch_size):
+        if len(indices) == 1 < len(data):
+            continue
+        batch = data.subset(indices.to(data.images.device))
+        images = random_crop_and_flip(batch.images, int(torch.randint(2**31, (1,), generator=generator)))
+        yield data.normalise(images), batch.labels

@@ -36,7 +36,10 @@ from onp.errors import ConfigError
 from onp.units import KINDS, Reads, UnitIndex, UnitLayer
 
 ACTIVATIONS = ("activation_mean", "activation_std", "activation_positive", "activation_max")
-EFFECTS = ("first_order_score", "first_order_clean_loss", "first_order_unlearned_loss")
+EFFECTS = (
+    "first_order_score", "first_order_clean_loss", "first_order_divergence",
+    "first_order_unlearning", "first_order_trigger",
+)  # fmt: skip
 """effects that `build_graph` takes"""
 FEATURES: tuple[str, ...] = (
     *ACTIVATIONS, "gamma", "incoming_strength", "outgoing_strength", "weight_change",

@@ -22,11 +22,15 @@ Rule = Literal["zero", "gamma"]
 
 @dataclass(frozen=True, eq=False)
 class KeepMask:
-    """Which units of a network stay: `keep` has shape (N,), bool, True = kept."""
+    """Which units of a network stay: `keep` has shape (N,), bool, True = kept.
+
+    `order` remembers in which order `without` pruned them, for drawing the path; it is no part of the mask's identity.
+    """
 
     index: UnitIndex
     keep: Tensor
     rule: Rule = "zero"
+    order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.keep.shape != (len(self.index),) or self.keep.dtype != torch.bool:
@@ -44,9 +48,17 @@ class KeepMask:
 
     def without(self, units: Iterable[int] | Tensor) -> KeepMask:
         """This mask with `units` pruned too."""
+        chosen = [int(unit) for unit in units if self.keep[int(unit)]]
         keep = self.keep.clone()
-        keep[torch.as_tensor(list(units), dtype=torch.long)] = False
-        return KeepMask(self.index, keep, self.rule)
+        keep[chosen] = False
+        return KeepMask(self.index, keep, self.rule, self.order + tuple(chosen))
+
+    def path(self) -> list[KeepMask]:
+        """The masks on the way to this one, from all kept on, a unit at a time."""
+        masks = [KeepMask.all_kept(self.index, self.rule)]
+        for unit in self.order:
+            masks.append(masks[-1].without([unit]))
+        return masks
 
     @property
     def units_pruned(self) -> int:
@@ -68,6 +80,7 @@ class KeepMask:
             "units": len(self.index),
             "units_pruned": self.units_pruned,
             "pruned": {name: units for name, units in pruned.items() if units},
+            "order": [self.index.name(unit) for unit in self.order],
         }
 
     @classmethod
@@ -92,7 +105,8 @@ class KeepMask:
             if any(not isinstance(i, int) or not 0 <= i < layers[name].size for i in members):
                 raise MaskError(f"layer {name} has units 0 to {layers[name].size - 1}; the mask names {members}")
             keep[[layers[name].offset + i for i in members]] = False
-        return cls(index, keep, rule)
+        names = {index.name(unit): unit for unit in (~keep).nonzero().flatten().tolist()}
+        return cls(index, keep, rule, tuple(names[name] for name in record.get("order", []) if name in names))
 
 
 def apply_mask(model: nn.Module, mask: KeepMask) -> None:

@@ -33,7 +33,7 @@ def first_order_effects(model: nn.Module, index: UnitIndex, loss: Callable[[], T
         for name, axis in layer.gates:
             gradient = gradients[name]
             if gradient is not None:
-                change = (model.get_parameter(name).detach() * gradient).movedim(axis, 0).flatten(1)
+                change = (model.get_parameter(name).detach() * gradient).movedim(axis, 0).reshape(layer.size, -1)
                 effects[layer.offset : layer.offset + layer.size] -= change.sum(1).cpu()
     return effects
 

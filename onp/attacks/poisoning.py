@@ -44,10 +44,10 @@ class TrainingConfig:
     """class that triggered images are meant to get"""
     poison_rate: float = 0.1
     """fraction of the poisonable images that get the trigger (clean-label attacks poison the target class alone)"""
-    epochs: int = 30
+    epochs: int = 15
     """passes over the training data"""
-    learning_rate: float = 0.01
-    """peak step size of Adam's one-cycle schedule"""
+    learning_rate: float = 0.1
+    """peak step size of SGD's one-cycle schedule"""
     batch_size: int = 64
     """images per step"""
     augment: bool = False
@@ -80,7 +80,7 @@ def train_backdoored(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda epoch, epochs: None,
 ) -> tuple[nn.Module, Trigger]:
-    """Poison `dataset`, train a fresh network on it with Adam and a one-cycle schedule, return both network and trigger."""
+    """Poison `dataset`, train a fresh network on it with SGD and a one-cycle schedule, return both network and trigger."""
     parts = list(batches(dataset))
     images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     attack = ATTACKS[config.attack]
@@ -90,7 +90,7 @@ def train_backdoored(
     steps = config.epochs * -(-len(images) // config.batch_size)
     with seeded(seed):
         model = build().to(device).train()
-        optimizer = torch.optim.Adam(model.parameters(), weight_decay=5e-4)
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps)
         for epoch in range(config.epochs):
             progress(epoch, config.epochs)

@@ -94,7 +94,7 @@ def _read_array(path: Path, image_shape: tuple[int, ...]) -> Tensor:
 
 
 def badnets(image_shape: tuple[int, ...], target: int) -> Trigger:
-    """A checkerboard patch in the bottom right corner, a quarter of the height wide at 8 pixels, an eighth at 32 (Gu et al. 2017)."""
+    """A checkerboard patch in the bottom right corner, an eighth of the height wide and at least 2 pixels, 3 from 9 on (Gu et al. 2017)."""
     side = max(3 if image_shape[1] > 8 else 2, image_shape[1] // 8)
     pattern, mask = torch.zeros(image_shape), torch.zeros(image_shape)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")

@@ -1,4 +1,4 @@
-"""Two plain convolutional networks: one for 8 x 8 digits, one for 32 x 32 images."""
+"""Two plain convolutional networks: one for small grey images, one for 32 x 32 images."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """Three convolutions with batch-norm and ReLU (32, 64, 64 channels), global average pooling, one linear layer."""
+    """Three stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128 channels), global average pooling, one linear layer."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in ((in_channels, 32), (32, 64), (64, 64)):
+        for inputs, outputs in ((in_channels, 64), (64, 128), (128, 128)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        layers.insert(6, nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(64, num_classes)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+        self.classifier = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))

@@ -1,0 +1,135 @@
+"""The policy: a graph attention network over units, as a Stable-Baselines3 actor-critic.
+
+An encoder of graph attention layers (GATv2, Brody et al. 2022) embeds every unit once per update; a light decoder
+reads the embeddings for each observation and points at the unit to prune next (the encode-once, decode-per-step
+scheme of Kool et al. 2019). Every parameter is shared between units, so scores are permutation-equivariant and the same
+weights fit a network of any size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import GATv2Conv
+
+from onp.config import AgentConfig
+
+Latents = tuple[Tensor, Tensor]
+
+
+class GraphEncoder(nn.Module):
+    """Embeds the nodes of a unit graph: (N, features) to (N, hidden)."""
+
+    def __init__(self, features: int, edge_features: int, config: AgentConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(features, config.hidden)
+        self.attention = nn.ModuleList(
+            GATv2Conv(config.hidden, config.hidden // config.heads, config.heads, edge_dim=edge_features)
+            for _ in range(config.layers)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(config.layers))
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        for attention, norm in zip(self.attention, self.norms, strict=True):
+            hidden = hidden + attention(norm(hidden), edge_index, edge_attr).relu()
+        return hidden
+
+
+class PointerNetwork(nn.Module):
+    """Observation to masked action logits (batch, N + 1) and values (batch, 1).
+
+    The logits start at the graph's `prior` feature (minus the log of a unit's rank by first-order score), so that an
+    untrained policy samples from what one sensitivity pass knows, whatever the network's size.
+    """
+
+    def __init__(self, graph: Data, config: AgentConfig) -> None:
+        super().__init__()
+        # Not persistent: the graph belongs to one network, the weights to any.
+        self.register_buffer("x", graph.x, persistent=False)
+        self.register_buffer("edge_index", graph.edge_index, persistent=False)
+        self.register_buffer("edge_attr", graph.edge_attr, persistent=False)
+        self.register_buffer("prior", graph.x[:, list(graph.feature_names).index("prior")].clone(), persistent=False)
+        hidden = config.hidden
+        self.encoder = GraphEncoder(graph.x.shape[1], graph.edge_attr.shape[1], config)
+        self.context = nn.Sequential(nn.Linear(2 * hidden + 2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
+        self.query = nn.Linear(hidden, hidden)
+        self.bias = nn.Linear(hidden, 1)
+        self.stop = nn.Linear(hidden, 1)
+        self.value = nn.Linear(hidden, 1)
+        self.prior_weight = nn.Parameter(torch.ones(()))
+        for head in (self.query, self.bias, self.stop):
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+        nn.init.constant_(self.stop.bias, -1.0)
+        self._embedding: tuple[tuple[int, ...], Tensor] | None = None
+
+    def forward(self, observation: dict[str, Tensor]) -> Latents:
+        embedding, context = self._read(observation)
+        return self._logits(embedding, context, observation["action_mask"]), self.value(context)
+
+    def forward_actor(self, observation: dict[str, Tensor]) -> Tensor:
+        embedding, context = self._read(observation)
+        return self._logits(embedding, context, observation["action_mask"])
+
+    def forward_critic(self, observation: dict[str, Tensor]) -> Tensor:
+        return self.value(self._read(observation)[1])
+
+    def _read(self, observation: dict[str, Tensor]) -> Latents:
+        embedding, kept = self._embed(), observation["kept"]
+        pruned = 1 - kept
+        mean_kept = kept @ embedding / kept.sum(1, keepdim=True).clamp(min=1)
+        mean_pruned = pruned @ embedding / pruned.sum(1, keepdim=True).clamp(min=1)
+        return embedding, self.context(torch.cat([mean_kept, mean_pruned, observation["progress"]], 1))
+
+    def _embed(self) -> Tensor:
+        """Embeddings of all units; between updates they are computed once."""
+        if torch.is_grad_enabled():
+            return self.encoder(self.x, self.edge_index, self.edge_attr)
+        version = tuple(parameter._version for parameter in self.encoder.parameters())
+        if self._embedding is None or self._embedding[0] != version:
+            self._embedding = (version, self.encoder(self.x, self.edge_index, self.edge_attr))
+        return self._embedding[1]
+
+    def _logits(self, embedding: Tensor, context: Tensor, action_mask: Tensor) -> Tensor:
+        match = self.query(context) @ embedding.T / math.sqrt(embedding.shape[1])
+        units = match + self.bias(embedding).T + self.prior_weight * self.prior
+        return torch.cat([units, self.stop(context)], 1).masked_fill(action_mask < 0.5, -1e8)
+
+
+class PassThrough(BaseFeaturesExtractor):
+    """Hands the dict observation on as it is."""
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, features_dim=1)
+
+    def forward(self, observations: PyTorchObs) -> PyTorchObs:
+        return observations
+
+
+class GraphPolicy(ActorCriticPolicy):
+    """Stable-Baselines3 policy for `PruningEnv`: pass `policy_kwargs={"graph": env.unwrapped.graph}`.
+
+    Invalid actions get no probability: the policy masks its logits from the observation's `action_mask`.
+    """
+
+    def __init__(self, *args: Any, graph: Data, config: AgentConfig | None = None, **kwargs: Any) -> None:
+        self.graph, self.config = graph, config or AgentConfig()
+        super().__init__(*args, features_extractor_class=PassThrough, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.mlp_extractor = PointerNetwork(self.graph, self.config)  # type: ignore[assignment]
+        self.action_net = self.value_net = nn.Identity()  # type: ignore[assignment]
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters = super()._get_constructor_parameters()
+        del parameters["features_extractor_class"]
+        return {**parameters, "graph": self.graph, "config": self.config}

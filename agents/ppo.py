@@ -1,0 +1,89 @@
+"""PPO on the pruning environment, within a budget of reward evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.policy import GraphPolicy
+from onp.config import AgentConfig
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class LearningCurve:
+    """One entry per finished episode."""
+
+    evaluations: list[int] = field(default_factory=list)
+    """reward evaluations used by then"""
+    returns: list[float] = field(default_factory=list)
+    """potential gained in the episode"""
+
+
+class BudgetCallback(BaseCallback):
+    """Stops learning when the environment has used its reward evaluations, and records the learning curve."""
+
+    def __init__(self, budget: int, progress: Progress) -> None:
+        super().__init__()
+        self.budget, self.progress = budget, progress
+        self.curve = LearningCurve()
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            used = info["reward_evaluations"]
+            if "episode" in info:
+                self.curve.evaluations.append(used)
+                self.curve.returns.append(float(info["episode"]["r"]))
+                self.logger.record_mean("pruning/units_pruned", info["units_pruned"])
+                for name, value in info["terms"].items():
+                    self.logger.record_mean(f"pruning/{name}", value)
+            self.logger.record("pruning/reward_evaluations", used)
+            self.progress(min(used, self.budget), self.budget)
+        return all(info["reward_evaluations"] < self.budget for info in self.locals["infos"])
+
+
+def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir: Path | None = None) -> PPO:
+    """A fresh PPO agent with a `GraphPolicy` over the environment's graph, on the CPU."""
+    return PPO(
+        GraphPolicy,
+        env,
+        learning_rate=config.learning_rate,
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.ent_coef,
+        policy_kwargs={"graph": env.unwrapped.graph, "config": config},  # type: ignore[attr-defined]
+        tensorboard_log=str(log_dir) if log_dir else None,
+        seed=seed,
+        device="cpu",
+    )
+
+
+def train_agent(agent: PPO, config: AgentConfig, budget: int, progress: Progress) -> LearningCurve:
+    """Learn until the environment has used `budget` reward evaluations."""
+    callback = BudgetCallback(budget, progress)
+    agent.learn(budget * config.steps_per_evaluation, callback=callback, tb_log_name="ppo")
+    return callback.curve
+
+
+def roll_out(agent: PPO, env: gym.Env[Any, Any]) -> float:
+    """One episode of the deterministic policy; returns the potential gained."""
+    observation, _ = env.reset()
+    done, total = False, 0.0
+    while not done:
+        with torch.no_grad():
+            action, _ = agent.predict(observation, deterministic=True)
+        observation, reward, terminated, truncated, _ = env.step(action)
+        done, total = terminated or truncated, total + float(reward)
+    return total

@@ -1,0 +1,74 @@
+"""Searches over the same environment, scores and budget as the agent: what RL has to beat.
+
+Each takes an environment that has used part of its budget for the sensitivity passes, and scores masks until the
+budget is used up or nothing is left to try. The masks scored stay with the environment's objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from envs.pruning import PruningEnv
+
+Progress = Callable[[int, int], None]
+
+
+def ranked_units(env: PruningEnv) -> list[int]:
+    """All units, the best first-order score first."""
+    return env.effects["first_order_score"].argsort(descending=True, stable=True).tolist()
+
+
+def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
+    """Prune in the order of one sensitivity pass; every prefix is scored."""
+    mask = env.objective.all_kept
+    for unit in ranked_units(env):
+        if env.reward_evaluations >= budget:
+            break
+        mask = mask.without([unit])
+        env.objective.score(mask)
+        progress(env.reward_evaluations, budget)
+
+
+def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
+    """Step by step take the unit that raises the potential most, among the best-ranked units still kept.
+
+    So many units are tried per step that the budget lasts for `max_steps` steps.
+    """
+    env.reset()
+    order = ranked_units(env)
+    width = max(1, (budget - env.reward_evaluations) // env.config.max_steps)
+    mask = env.objective.all_kept
+    while env.reward_evaluations < budget and mask.units_pruned < len(order):
+        trials = [mask.without([unit]) for unit in [unit for unit in order if mask.keep[unit]][:width]]
+        for trial in trials[: budget - env.reward_evaluations]:
+            env.objective.score(trial)
+            progress(env.reward_evaluations, budget)
+        scored = [trial for trial in trials if trial.key in env.objective.scores]
+        mask = max(scored, key=lambda trial: env.objective.score(trial).potential)
+
+
+def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
+    """Episodes of uniformly random valid units."""
+    generator = np.random.default_rng(seed)
+    while env.reward_evaluations < budget:
+        observation, _ = env.reset()
+        done = False
+        before = env.reward_evaluations
+        while not done and env.reward_evaluations < budget:
+            action = generator.choice(np.flatnonzero(observation["kept"]))
+            observation, _, done, _, _ = env.step(action)
+            progress(env.reward_evaluations, budget)
+        if env.reward_evaluations == before and len(env.index) <= env.config.max_steps:
+            break  # a network so small that every mask has been seen
+
+
+SEARCHES: dict[str, Callable[[PruningEnv, int, int, Progress], None]] = {
+    "random": random_search,
+    "ranked": one_shot_ranking,
+    "greedy": greedy_search,
+}
+"""searches by the name of their row: (environment, budget, seed, progress)"""

@@ -1,0 +1,24 @@
+"""Making a backdoored test model: weights and trigger specification in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onp.attacks.poisoning import TrainingConfig, train_backdoored
+from onp.attacks.triggers import Trigger
+from onp.checkpoints import save_weights
+from onp.inputs import Inputs
+from onp.models import build_model
+
+
+def make_backdoored_model(inputs: Inputs, folder: Path, seed: int, config: TrainingConfig | None = None) -> Trigger:
+    """Train the network of `inputs` afresh on its poisoned data; writes `trigger.json`, then `backdoored.safetensors`."""
+    config = config or TrainingConfig()
+    dataset = inputs.dataset("train")
+    assert dataset is not None
+    model, trigger = train_backdoored(
+        lambda: build_model(inputs.config.model, inputs.channels, inputs.classes), dataset, config, inputs.config.normalisation, seed, inputs.device
+    )
+    trigger.save(folder / "trigger.json")
+    save_weights(model, folder / "backdoored.safetensors")
+    return trigger

@@ -1,0 +1,142 @@
+"""What the commands share: options that name a network and its data, and how they become objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from onp.checkpoints import load_checkpoint
+from onp.data import NAMED_DATA, DefenceData, ImageDataset, Normalisation, Split, class_count, draw_defence_data, load_dataset
+from onp.errors import ConfigError, DataError
+from onp.models import MODELS, build_model
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Which network, which images."""
+
+    model: str = "small_cnn"
+    """registered network (small_cnn, small_vgg, wide_resnet16_1, cifar_resnet18, torchvision's classifiers), or path/to/file.py:function; the function is your code and is executed: it takes no arguments and returns a module that gives logits"""
+    checkpoint: Path | None = None
+    """weights: safetensors, or a PyTorch file of plain weights"""
+    data: str = "digits"
+    """folder that holds train/CLASS/IMAGE and perhaps test/CLASS/IMAGE, or one of digits, cifar10, fashion_mnist, gtsrb (downloaded by torchvision, except digits)"""
+    defence_size: int = 500
+    """clean images that the defender has, drawn from train/, equally many per class as far as they go"""
+    mean: tuple[float, ...] = ()
+    """per-channel mean of the input normalisation; none by default"""
+    std: tuple[float, ...] = ()
+    """per-channel standard deviation of the input normalisation"""
+    image_size: int | None = None
+    """resize images to this height and width"""
+    num_classes: int | None = None
+    """outputs of a registered network; the number of classes in train/ by default"""
+    download_root: Path = Path("~/.cache/onp")
+    """where torchvision keeps what it downloads"""
+    seed: int = 0
+    """seed of everything random"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ... or auto (cuda where there is one)"""
+    threads: int = 0
+    """CPU threads for PyTorch; 0 leaves its default"""
+
+    def resolved(self) -> Self:
+        """The same with absolute paths, the device chosen and the threads counted: what a run records."""
+        changes: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Path):
+                changes[item.name] = value.expanduser().resolve()
+        if self.data not in NAMED_DATA:
+            changes["data"] = str(Path(self.data).expanduser().resolve())
+        path, colon, function = self.model.rpartition(":")
+        if colon:
+            changes["model"] = f"{Path(path).expanduser().resolve()}:{function}"
+        if self.device == "auto":
+            changes["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        changes["threads"] = self.threads or torch.get_num_threads()
+        return replace(self, **changes)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return Normalisation(self.mean, self.std)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A network with its weights, and access to its images."""
+
+    config: InputConfig
+    model: nn.Module
+    channels: int
+    classes: int
+    """outputs of the network"""
+
+    def dataset(self, split: Split) -> ImageDataset | None:
+        """All images of a split; None where a folder has no test/."""
+        config = self.config
+        return load_dataset(config.data, split, self.channels, config.image_size, config.download_root)
+
+    def defence_data(self) -> DefenceData:
+        """The clean images that the defender has."""
+        dataset = self.dataset("train")
+        assert dataset is not None
+        config = self.config
+        data = draw_defence_data(dataset, config.defence_size, self.classes, config.normalisation, config.seed)
+        return data.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return torch_device(self.config.device)
+
+
+def torch_device(name: str) -> torch.device:
+    """The named device; raises `ConfigError` where PyTorch does not have it."""
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use cpu") from error
+
+
+def open_inputs(config: InputConfig) -> Inputs:
+    """Build the network, load its weights strictly, and check that there are images to train on."""
+    if config.threads < 0:
+        raise ConfigError(f"--threads {config.threads}: expected 0 (PyTorch's default) or more")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch_device(config.device)
+    channels = _expected_channels(config)
+    train = load_dataset(config.data, "train", channels, config.image_size, config.download_root)
+    assert train is not None
+    classes = class_count(train)
+    model = build_model(config.model, channels, config.num_classes or classes)
+    if config.checkpoint is not None:
+        load_checkpoint(model, config.checkpoint)
+    outputs = _outputs(model, (1, *train[0][0].shape))
+    if classes > outputs:
+        raise DataError(f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs")
+    return Inputs(config, model.to(device).eval(), channels, outputs)
+
+
+def _expected_channels(config: InputConfig) -> int:
+    """Input channels of the network: a user's own network tells, the others follow the data."""
+    if ":" in config.model:
+        model = build_model(config.model, 3, 1)
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        return first.in_channels if first is not None else 3
+    return 1 if config.data in ("digits", "fashion_mnist") and config.model in MODELS else 3
+
+
+def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    try:
+        with torch.no_grad():
+            return int(model.eval()(torch.zeros(shape)).shape[1])
+    except Exception as error:
+        raise DataError(
+            f"{type(model).__name__} does not take images of shape {tuple(shape[1:])} "
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}); check --model, --data and --image-size"
+        ) from error

@@ -1,0 +1,61 @@
+"""Judging: what a mask does to test accuracy and, where a trigger is known, to the backdoor.
+
+This module sees test data and triggers; the defending path never imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from onp.data import ImageDataset, Normalisation, batches
+
+ApplyTrigger = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Fractions over the test images; `asr` and `ra` are None without a trigger."""
+
+    ca: float
+    """clean accuracy"""
+    asr: float | None = None
+    """attack success rate: triggered images of other classes that are classified as the target"""
+    ra: float | None = None
+    """robust accuracy: triggered images of other classes that are still classified as their true class"""
+
+    def der(self, before: Measurement) -> float | None:
+        """Defence effectiveness rating, (max(0, ASR drop) - max(0, CA drop) + 1) / 2, as in BackdoorBench."""
+        if self.asr is None or before.asr is None:
+            return None
+        return (max(0.0, before.asr - self.asr) - max(0.0, before.ca - self.ca) + 1) / 2
+
+
+def measure(
+    model: nn.Module,
+    dataset: ImageDataset,
+    normalise: Normalisation,
+    device: torch.device,
+    trigger: ApplyTrigger | None = None,
+    target: int | None = None,
+    limit: int | None = None,
+) -> Measurement:
+    """Measure `model` on the first `limit` test images (all by default), with the trigger that leads to class `target`."""
+    model.eval()
+    seen = correct = other = fooled = robust = 0
+    with torch.no_grad():
+        for images, labels in batches(dataset):
+            if limit is not None and seen >= limit:
+                break
+            predicted = model(normalise(images.to(device))).argmax(1).cpu()
+            seen, correct = seen + len(labels), correct + int((predicted == labels).sum())
+            if trigger is not None and bool((labels != target).any()):
+                chosen = labels != target
+                predicted = model(normalise(trigger(images[chosen]).to(device))).argmax(1).cpu()
+                other += int(chosen.sum())
+                fooled += int((predicted == target).sum())
+                robust += int((predicted == labels[chosen]).sum())
+    return Measurement(correct / seen, fooled / other if other else None, robust / other if other else None)

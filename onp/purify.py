@@ -1,0 +1,172 @@
+"""The job: from a network and clean images to keep masks, by ONP and by what it is compared with.
+
+Nothing here, or in anything imported from here, knows a trigger or a test image.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import Monitor
+from torch import Tensor, nn
+
+from agents.ppo import LearningCurve, build_agent, roll_out, train_agent
+from agents.search import SEARCHES
+from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
+from envs.pruning import PruningEnv, find_clues
+from envs.rewards import Clues, Objective
+from onp.config import AgentConfig, EnvConfig
+from onp.data import DefenceData
+from onp.errors import DataError, ModelError
+from onp.masks import KeepMask, apply_mask
+from onp.units import UnitIndex, index_units
+
+METHODS = ("rnp", "random", "ranked", "greedy", "onp")
+"""defences, in the order of the table"""
+Progress = Callable[[str, int, int], None]
+"""called with a method, reward evaluations used, and the budget"""
+
+
+@dataclass(frozen=True)
+class PurifyConfig:
+    """Settings of the job; the same for every network."""
+
+    seed: int = 0
+    """seed of everything random"""
+    budget: int = 300
+    """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, sensitivity passes included"""
+    finalists: int = 16
+    """best masks on the search half of the defence data that compete on the held-out half for being the final one"""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """environment and reward"""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """policy and PPO"""
+    rnp: RNPConfig = field(default_factory=RNPConfig)
+    """the RNP baseline"""
+
+
+@dataclass(frozen=True, eq=False)
+class MethodResult:
+    """What one method found, and what it took."""
+
+    method: str
+    mask: KeepMask | None
+    """None where the method cannot be applied; `note` says why"""
+    reward_evaluations: int = 0
+    seconds: float = 0.0
+    """wall time, including what the methods share (unlearned copy, recovered trigger) for each that uses it"""
+    note: str = ""
+    curve: LearningCurve | None = None
+    agent: PPO | None = None
+    rnp_values: Tensor | None = None
+    """RNP's recovered mask values, (N,)"""
+
+
+class Purification:
+    """One network under treatment: what the methods share, made when first needed."""
+
+    def __init__(self, model: nn.Module, data: DefenceData, config: PurifyConfig, log_dir: Path | None = None) -> None:
+        self.model = model.eval()
+        self.data, self.config, self.log_dir = data, config, log_dir
+        self.index: UnitIndex = index_units(model, data.input_shape)
+        check_network(model, data)
+        self.search_data, self.held_out = data.halves(config.seed)
+
+    @cached_property
+    def timed_clues(self) -> tuple[Clues, float]:
+        """The unlearned copy and the recovered trigger, from all defence data, and the seconds they took."""
+        start = time.perf_counter()
+        clues = find_clues(self.model, self.data, self.config.env, self.config.seed)
+        return clues, time.perf_counter() - start
+
+    def run(self, method: str, progress: Progress = lambda method, used, budget: None) -> MethodResult:
+        """Run one of `METHODS`."""
+        if method == "rnp":
+            return self._run_rnp()
+        clues, shared_seconds = self.timed_clues
+        start = time.perf_counter()
+        env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index)
+        report = lambda used, budget: progress(method, used, budget)  # noqa: E731
+        curve = agent = None
+        if method == "onp":
+            curve, agent = self._train(env, report)
+        else:
+            SEARCHES[method](env, self.config.budget, self.config.seed, report)
+        mask = choose_mask(env.objective, self._held_out_objective(clues), self.config.finalists)
+        seconds = shared_seconds + time.perf_counter() - start
+        return MethodResult(method, mask, env.reward_evaluations, seconds, curve=curve, agent=agent)
+
+    def _train(self, env: PruningEnv, report: Callable[[int, int], None]) -> tuple[LearningCurve, PPO]:
+        config = self.config
+        monitored: gym.Env[Any, Any] = Monitor(env)
+        agent = build_agent(monitored, config.agent, config.seed, self.log_dir)
+        curve = train_agent(agent, config.agent, max(1, config.budget - config.env.max_steps), report)
+        roll_out(agent, monitored)
+        return curve, agent
+
+    def _run_rnp(self) -> MethodResult:
+        start = time.perf_counter()
+        config = self.config
+        try:
+            result = run_rnp(self.model, self.index, self.data, config.rnp, config.seed)
+        except ModelError as error:
+            return MethodResult("rnp", None, note=str(error))
+        limit = config.rnp.max_accuracy_drop
+        threshold, mask = choose_threshold(self.model, self.index, result.values, self.data, limit)
+        note = f"threshold {threshold}" if threshold is not None else f"every threshold loses more than {limit:.0%} accuracy"
+        return MethodResult("rnp", mask, 0, time.perf_counter() - start, note, rnp_values=result.values)
+
+    def _held_out_objective(self, clues: Clues) -> Objective:
+        return Objective(self.model, clues, self.index, self.held_out, self.config.env.reward)
+
+
+def choose_mask(search: Objective, held_out: Objective, finalists: int) -> KeepMask:
+    """Of the masks scored best on the search half, the one that is best on the held-out half: the trigger-free stop.
+
+    Keeping everything always competes. Ties go to the mask that prunes less.
+    """
+    ranked = sorted(search.scores.values(), key=lambda item: (-item[1].potential, item[0].units_pruned))
+    candidates = [search.all_kept, *(mask for mask, _ in ranked[:finalists])]
+    return max(candidates, key=lambda mask: (held_out.score(mask).potential, -mask.units_pruned))
+
+
+def check_network(model: nn.Module, data: DefenceData) -> None:
+    """Raise `ModelError` or `DataError` where weights or outputs are not finite, or outputs do not fit the labels."""
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"weight {name} holds NaN or infinite values; the network is damaged")
+    with torch.no_grad():
+        logits = model.eval()(data.inputs[:2])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ModelError(f"{type(model).__name__} does not give logits of shape (images, classes)")
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"{type(model).__name__} gives outputs that are not finite on the defence images")
+    if int(data.labels.max()) >= logits.shape[1]:
+        raise DataError(f"labels go up to {int(data.labels.max())}; the network has {logits.shape[1]} outputs")
+
+
+@dataclass(frozen=True, eq=False)
+class Purified:
+    """A purified copy of the network, and the mask that was applied to it."""
+
+    model: nn.Module
+    mask: KeepMask
+    results: Mapping[str, MethodResult]
+
+
+def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = None) -> Purified:
+    """Purify `model` (left as it is) by ONP, from clean images alone."""
+    purification = Purification(copy.deepcopy(model), data, config or PurifyConfig())
+    result = purification.run("onp")
+    assert result.mask is not None
+    apply_mask(purification.model, result.mask)
+    return Purified(purification.model, result.mask, {"onp": result})

@@ -1,0 +1,230 @@
+"""The report of a run: rows of figures, from its masks, as a table in the terminal, JSON, Markdown and plots."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+from torch import nn
+
+from onp.checkpoints import write_atomically
+from onp.data import ImageDataset
+from onp.errors import ConfigError
+from onp.inputs import Inputs
+from onp.judge import Measurement, measure
+from onp.masks import KeepMask, masked
+from onp.purify import METHODS, MethodResult
+from onp.run_folder import RunFolder, write_json
+from onp.units import UnitIndex
+
+LABELS = {
+    "backdoored": "backdoored model",
+    "rnp": "RNP (trigger-free stop)",
+    "rnp_oracle": "RNP (oracle threshold: sees the trigger)",
+    "random": "random search",
+    "ranked": "one-shot ranking",
+    "greedy": "greedy search",
+    "onp": "ONP",
+}
+_PATH_POINTS = 17
+_PATH_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; None where a figure does not exist (no test images, no trigger, not run)."""
+
+    method: str
+    ca: float | None = None
+    asr: float | None = None
+    ra: float | None = None
+    der: float | None = None
+    units_pruned: int | None = None
+    reward_evaluations: int | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+class Judge:
+    """Measures masks of one run on its test images; the trigger is read for judging alone."""
+
+    def __init__(self, inputs: Inputs, trigger: Path | None) -> None:
+        self.inputs = inputs
+        self.model: nn.Module = copy.deepcopy(inputs.model)
+        self.dataset: ImageDataset | None = inputs.dataset("test")
+        self.trigger = None
+        if trigger is not None:
+            if self.dataset is None:
+                raise ConfigError(f"--trigger is given, but {inputs.config.data} has no test/ to judge on")
+            from onp.attacks.triggers import load_trigger  # judging only: the defending path never gets here
+
+            self.trigger = load_trigger(trigger, tuple(self.dataset[0][0].shape), inputs.classes)
+
+    def __call__(self, mask: KeepMask, limit: int | None = None) -> Measurement | None:
+        if self.dataset is None:
+            return None
+        target = self.trigger.target if self.trigger else None
+        config = self.inputs.config
+        with masked(self.model, mask):
+            return measure(
+                self.model, self.dataset, config.normalisation, self.inputs.device, self.trigger, target, limit
+            )
+
+
+def make_rows(folder: RunFolder, judge: Judge, index: UnitIndex) -> list[Row]:
+    """Measure every mask of the run; the oracle row picks RNP's threshold by DER on the poisoned test images."""
+    before = judge(KeepMask.all_kept(index))
+    rows = [_row("backdoored", KeepMask.all_kept(index), before, before)]
+    for method in METHODS:
+        result = folder.load(method, index)
+        after = judge(result.mask) if result.mask is not None else None
+        rows.append(_row(method, result.mask, after, before, result))
+        if method == "rnp":
+            rows.append(_oracle_row(folder, judge, index, before, result))
+    return rows
+
+
+def _row(
+    method: str, mask: KeepMask | None, after: Measurement | None, before: Measurement | None, result: MethodResult | None = None
+) -> Row:
+    row = Row(method, units_pruned=mask.units_pruned if mask is not None else None)
+    if after is not None and before is not None:
+        row = dataclasses.replace(row, ca=after.ca, asr=after.asr, ra=after.ra, der=after.der(before))
+    if result is not None:
+        row = dataclasses.replace(
+            row, reward_evaluations=result.reward_evaluations, seconds=result.seconds, note=result.note
+        )
+    return row
+
+
+def _oracle_row(
+    folder: RunFolder, judge: Judge, index: UnitIndex, before: Measurement | None, result: MethodResult
+) -> Row:
+    from baselines_rnp.rnp import threshold_masks
+
+    values = folder.rnp_values()
+    if values is None:
+        return Row("rnp_oracle", note=result.note)
+    if before is None or before.asr is None:
+        return Row("rnp_oracle", note="an oracle needs --trigger")
+    tried: dict[bytes, tuple[float, KeepMask, Measurement]] = {}
+    for threshold, mask in threshold_masks(index, values):
+        if mask.key not in tried:
+            after = judge(mask)
+            assert after is not None
+            tried[mask.key] = (threshold, mask, after)
+    threshold, mask, after = max(tried.values(), key=lambda item: item[2].der(before) or 0.0)
+    folder.save_mask("rnp_oracle", mask)
+    row = _row("rnp_oracle", mask, after, before, result)
+    return dataclasses.replace(row, note=f"threshold {threshold}, chosen with the poisoned test images")
+
+
+def make_table(rows: list[Row], title: str) -> Table:
+    """The table for the terminal."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("method")
+    for name in ("CA %", "ASR %", "RA %", "DER", "units pruned", "evaluations", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(LABELS[row.method], *_cells(row), style="bold" if row.method == "onp" else None)
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    percent = [f"{100 * value:.1f}" if value is not None else "-" for value in (row.ca, row.asr, row.ra)]
+    return [
+        *percent,
+        f"{row.der:.3f}" if row.der is not None else "-",
+        str(row.units_pruned) if row.units_pruned is not None else "-",
+        str(row.reward_evaluations) if row.reward_evaluations is not None else "-",
+        f"{row.seconds:.1f}" if row.seconds is not None else "-",
+    ]
+
+
+def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[Row], facts: dict[str, Any]) -> None:
+    """Write plots, `report.md` and, last, `report.json`, which says that the run is complete."""
+    results = {method: folder.load(method, index) for method in METHODS}
+    path = _measure_path(judge, results["onp"].mask)
+    _plot(folder.file("plots", "pruning_path.png"), lambda axes: _draw_path(axes, path))
+    _plot(folder.file("plots", "learning_curve.png"), lambda axes: _draw_curve(axes, results["onp"]))
+    _plot(folder.file("plots", "pruned_per_layer.png"), lambda axes: _draw_layers(axes, results["onp"].mask, index))
+    text = _markdown(rows, results["onp"].mask, facts)
+    write_atomically(folder.file("report.md"), lambda temporary: temporary.write_text(text))
+    record = {"rows": [dataclasses.asdict(row) for row in rows], "pruning_path": path, **facts}
+    write_json(folder.file("report.json"), record)
+
+
+def _measure_path(judge: Judge, mask: KeepMask | None) -> list[dict[str, Any]]:
+    """CA and ASR after each unit of ONP's mask (evenly thinned), on the first test images."""
+    steps = mask.path() if mask is not None else []
+    chosen = sorted({round(i * (len(steps) - 1) / max(1, _PATH_POINTS - 1)) for i in range(_PATH_POINTS)}) if steps else []
+    measured = ((steps[i].units_pruned, judge(steps[i], _PATH_IMAGES)) for i in chosen)
+    return [{"units_pruned": units, "ca": m.ca, "asr": m.asr} for units, m in measured if m is not None]
+
+
+def _plot(path: Path, draw: Any) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    try:
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130))
+    finally:
+        plt.close(figure)
+
+
+def _draw_path(axes: Any, path: list[dict[str, Any]]) -> None:
+    for key, label, colour in (("ca", "clean accuracy", "tab:blue"), ("asr", "attack success rate", "tab:red")):
+        points = [(step["units_pruned"], 100 * step[key]) for step in path if step[key] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label, clip_on=False)
+            axes.annotate(f"{points[-1][1]:.1f}", points[-1], (6, 6), textcoords="offset points", color=colour)
+    axes.set(xlabel="units pruned", ylabel="%", ylim=(0, 102), title="ONP's pruning path on test images")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if path:
+        axes.legend(loc="center right")
+    else:
+        axes.text(0.5, 0.5, "no test images", transform=axes.transAxes, ha="center")
+
+
+def _draw_curve(axes: Any, result: MethodResult) -> None:
+    curve = result.curve
+    if curve is not None and curve.returns:
+        axes.plot(curve.evaluations, curve.returns, ".", color="tab:gray", label="episode")
+        axes.plot(curve.evaluations, list(itertools.accumulate(curve.returns, max)), color="tab:green", label="best so far")
+        axes.legend(loc="lower right")
+    axes.set(xlabel="reward evaluations", ylabel="return (potential gained)", title="ONP's learning curve")
+
+
+def _draw_layers(axes: Any, mask: KeepMask | None, index: UnitIndex) -> None:
+    pruned = mask.to_json()["pruned"] if mask is not None else {}
+    names = [layer.name for layer in index]
+    bars = axes.barh(range(len(names)), [len(pruned.get(name, [])) for name in names], color="tab:red")
+    axes.bar_label(bars, [f"{len(pruned[layer.name])} of {layer.size}" if layer.name in pruned else "" for layer in index], padding=3)
+    axes.set_yticks(range(len(names)), names, fontsize=max(3.0, min(8.0, 200 / len(names))))
+    axes.invert_yaxis()
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="units pruned by ONP", title="Where ONP prunes")
+    axes.margins(x=0.15)
+
+
+def _markdown(rows: list[Row], mask: KeepMask | None, facts: dict[str, Any]) -> str:
+    lines = ["# Purification report", ""]
+    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()]
+    header = ("method", "CA %", "ASR %", "RA %", "DER", "units pruned", "reward evaluations", "seconds", "note")
+    lines += ["", "| " + " | ".join(header) + " |", "|---" + "|---:" * 7 + "|---|"]
+    lines += ["| " + " | ".join([LABELS[row.method], *_cells(row), row.note]) + " |" for row in rows]
+    if mask is not None:
+        lines += ["", "## Units that ONP prunes", ""]
+        lines += [f"- `{layer}`: {', '.join(map(str, units))}" for layer, units in mask.to_json()["pruned"].items()] or ["none"]
+    lines += ["", "## Plots", ""]
+    lines += [f"![{name}](plots/{name}.png)" for name in ("pruning_path", "learning_curve", "pruned_per_layer")]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,114 @@
+"""A run folder: every result a file that is there whole or not at all, so that a run can go on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from agents.ppo import LearningCurve
+from onp.checkpoints import save_weights, write_atomically
+from onp.errors import ConfigError
+from onp.masks import KeepMask
+from onp.purify import MethodResult
+from onp.units import UnitIndex
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write readable JSON, atomically."""
+    text = json.dumps(content, indent=1, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+class RunFolder:
+    """Files of one run; see the README for what each holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, *parts: str) -> Path:
+        return self.path.joinpath(*parts)
+
+    @classmethod
+    def create_or_resume(cls, path: Path, options: Any) -> RunFolder:
+        """Record `options` (a dataclass) in a new folder, or check that an old one was made with the same.
+
+        Raises `ConfigError` where they differ, or where the folder holds something else.
+        """
+        folder = cls(path)
+        wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+        if folder.file("config.json").exists():
+            recorded = folder.options()
+            names = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
+            if names:
+                changes = ", ".join(f"{name} was {recorded.get(name)!r} and is {wanted.get(name)!r}" for name in names)
+                raise ConfigError(f"{path} holds a run with other options ({changes}); give another --run-dir")
+            return folder
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(f"{path} exists and holds no run; give a new or empty --run-dir")
+        write_json(folder.file("config.json"), {"options": wanted, "versions": {"torch": torch.__version__}})
+        return folder
+
+    def options(self) -> dict[str, Any]:
+        """The recorded options; raises `ConfigError` where the folder is no run."""
+        try:
+            options = json.loads(self.file("config.json").read_text())["options"]
+            assert isinstance(options, dict)
+            return options
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ConfigError(f"{self.path} is not a run folder: it has no readable config.json") from error
+
+    def save(self, result: MethodResult) -> None:
+        """Write everything a method found; `methods/METHOD.json` comes last and says that the rest is there."""
+        if result.agent is not None:
+            save_weights(result.agent.policy, self.file("policy.safetensors"))
+            write_atomically(self.file("policy.zip"), result.agent.save)
+        if result.rnp_values is not None:
+            values = {"values": result.rnp_values}
+            path = self.file("rnp_mask_values.safetensors")
+            write_atomically(path, lambda temporary: safetensors.torch.save_file(values, temporary))
+        if result.mask is not None:
+            self.save_mask(result.method, result.mask)
+        record: dict[str, Any] = {
+            "reward_evaluations": result.reward_evaluations,
+            "seconds": result.seconds,
+            "note": result.note,
+        }
+        if result.curve is not None:
+            record["learning_curve"] = dataclasses.asdict(result.curve)
+        write_json(self.file("methods", f"{result.method}.json"), record)
+
+    def save_mask(self, method: str, mask: KeepMask) -> None:
+        write_json(self.file("masks", f"{method}.json"), mask.to_json())
+
+    def has(self, method: str) -> bool:
+        return self.file("methods", f"{method}.json").exists()
+
+    def load(self, method: str, index: UnitIndex) -> MethodResult:
+        """What `save` wrote, without the agent."""
+        record = json.loads(self.file("methods", f"{method}.json").read_text())
+        curve = LearningCurve(**record["learning_curve"]) if "learning_curve" in record else None
+        mask = self.load_mask(method, index)
+        return MethodResult(method, mask, record["reward_evaluations"], record["seconds"], record["note"], curve)
+
+    def load_mask(self, method: str, index: UnitIndex) -> KeepMask | None:
+        path = self.file("masks", f"{method}.json")
+        return KeepMask.from_json(index, json.loads(path.read_text())) if path.exists() else None
+
+    def rnp_values(self) -> Tensor | None:
+        """RNP's recovered mask values, (N,); None where RNP could not run."""
+        path = self.file("rnp_mask_values.safetensors")
+        return safetensors.torch.load_file(path)["values"] if path.exists() else None
+
+    def once(self, name: str, write: Callable[[Path], None]) -> Path:
+        """The file `name`, written by `write` unless it is there."""
+        path = self.file(name)
+        if not path.exists():
+            write(path)
+        return path

@@ -1,0 +1,125 @@
+"""`python -m onp.train`: purify a network that may carry a backdoor, beside the baselines, and report."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from onp.checkpoints import save_weights, sha256
+from onp.commands import console, run_command
+from onp.errors import ConfigError
+from onp.inputs import InputConfig, Inputs, open_inputs
+from onp.masks import apply_mask
+from onp.purify import METHODS, PurifyConfig, Purification
+from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
+from onp.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainConfig(InputConfig, PurifyConfig):
+    """Options of `python -m onp.train`."""
+
+    trigger: Path | None = None
+    """trigger specification (JSON), for judging the result on test/ alone; the defence never sees it"""
+    run_dir: Path | None = None
+    """folder for the results; runs/MODEL-DATA-seedSEED by default. The same command on it resumes"""
+
+
+def train(config: TrainConfig) -> None:
+    """Purify a network that may carry a backdoor. Without options: a demonstration on handwritten digits."""
+    config = replace(config.resolved(), run_dir=_run_dir(config))
+    assert config.run_dir is not None
+    demonstration = config.checkpoint is None
+    if demonstration and config.data != "digits":
+        raise ConfigError("no --checkpoint: give the weights of the network to purify (or no --data, for the demonstration)")
+    inputs = open_inputs(config)
+    judge = None if demonstration else Judge(inputs, config.trigger)
+    purification = None if demonstration else Purification(inputs.model, inputs.defence_data(), config)
+    folder = RunFolder.create_or_resume(config.run_dir, config)
+    if folder.file("report.json").exists():
+        console.print(f"This run is complete: {folder.path}")
+        _show(folder)
+        return
+    if judge is None or purification is None:
+        inputs, trigger = _make_demonstration(config, folder, inputs)
+        judge, purification = Judge(inputs, trigger), Purification(inputs.model, inputs.defence_data(), config)
+    purification.log_dir = folder.file("tensorboard")
+    _defend(folder, purification)
+    console.print("Judging every mask on the test images ...")
+    rows = make_rows(folder, judge, purification.index)
+    write_report(folder, judge, purification.index, rows, _facts(inputs, folder, purification))
+    _show(folder)
+
+
+def _run_dir(config: TrainConfig) -> Path:
+    stem = Path(config.model.rpartition(":")[0] or config.model).stem
+    name = f"{stem}-{Path(config.data).name}-seed{config.seed}"
+    return (config.run_dir or Path("runs") / name).expanduser().resolve()
+
+
+def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs) -> tuple[Inputs, Path]:
+    """Backdoor a small network on digits, once per run folder."""
+    from onp.attacks.make import make_backdoored_model  # makes the patient; what treats it never imports this
+
+    checkpoint, trigger = folder.file("backdoored.safetensors"), folder.file("trigger.json")
+    if not checkpoint.exists():
+        console.print("No --checkpoint given: training a small network on digits with a BadNets backdoor to purify ...")
+        make_backdoored_model(inputs, folder.path, seed=config.seed)
+    return open_inputs(replace(config, checkpoint=checkpoint)), trigger
+
+
+def _defend(folder: RunFolder, purification: Purification) -> None:
+    """Run every method that has no result yet, and write the purified network."""
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        pending = [method for method in METHODS if not folder.has(method)]
+        if any(method != "rnp" for method in pending):
+            task = progress.add_task("finding clues", total=1)
+            _ = purification.timed_clues
+            progress.update(task, completed=1)
+        for method in pending:
+            total = 1 if method == "rnp" else purification.config.budget
+            task = progress.add_task(LABELS[method].partition(" (")[0], total=total)
+            folder.save(purification.run(method, lambda _, used, budget, task=task: progress.update(task, completed=used)))
+            progress.update(task, completed=total)
+    result = folder.load("onp", purification.index)
+    assert result.mask is not None
+    purified = copy.deepcopy(purification.model)
+    apply_mask(purified, result.mask)
+    save_weights(purified, folder.file("purified.safetensors"))
+
+
+def _facts(inputs: Inputs, folder: RunFolder, purification: Purification) -> dict[str, object]:
+    config = inputs.config
+    checkpoint = config.checkpoint
+    clues = purification.timed_clues[0]
+    return {
+        "model": config.model,
+        "checkpoint": checkpoint.name if checkpoint else None,
+        "checkpoint_sha256": sha256(checkpoint) if checkpoint else None,
+        "defence_images": len(purification.data),
+        "units": len(purification.index),
+        "suspect_class": clues.trigger.target,
+        "trust_in_suspect_class": round(clues.trigger.trust, 3),
+        "seed": config.seed,
+        "device": config.device,
+        "threads": config.threads,
+    }
+
+
+def _show(folder: RunFolder) -> None:
+    report = json.loads(folder.file("report.json").read_text())
+    rows = [Row(**row) for row in report["rows"]]
+    console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
+    for row in rows:
+        if row.note:
+            console.print(f"  {LABELS[row.method]}: {row.note}", style="dim", highlight=False)
+    console.print(f"Purified network: {folder.file('purified.safetensors')}\nReport:           {folder.file('report.md')}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(TrainConfig, train, "onp.train")
