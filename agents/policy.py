@@ -50,13 +50,17 @@ class PointerNetwork(nn.Module):
     untrained policy samples from what one sensitivity pass knows, whatever the network's size.
     """
 
+    x: Tensor
+    edge_index: Tensor
+    edge_attr: Tensor
+
     def __init__(self, graph: Data, config: AgentConfig) -> None:
         super().__init__()
         # Not persistent: the graph belongs to one network, the weights to any.
         self.register_buffer("x", graph.x, persistent=False)
         self.register_buffer("edge_index", graph.edge_index, persistent=False)
         self.register_buffer("edge_attr", graph.edge_attr, persistent=False)
-        self.register_buffer("prior", graph.x[:, list(graph.feature_names).index("prior")].clone(), persistent=False)
+        self.prior_column = list(graph.feature_names).index("prior")
         hidden = config.hidden
         self.encoder = GraphEncoder(graph.x.shape[1], graph.edge_attr.shape[1], config)
         self.context = nn.Sequential(nn.Linear(2 * hidden + 2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
@@ -100,7 +104,7 @@ class PointerNetwork(nn.Module):
 
     def _logits(self, embedding: Tensor, context: Tensor, action_mask: Tensor) -> Tensor:
         match = self.query(context) @ embedding.T / math.sqrt(embedding.shape[1])
-        units = match + self.bias(embedding).T + self.prior_weight * self.prior
+        units = match + self.bias(embedding).T + self.prior_weight * self.x[:, self.prior_column]
         return torch.cat([units, self.stop(context)], 1).masked_fill(action_mask < 0.5, -1e8)
 
 
@@ -122,7 +126,7 @@ class GraphPolicy(ActorCriticPolicy):
 
     def __init__(self, *args: Any, graph: Data, config: AgentConfig | None = None, **kwargs: Any) -> None:
         self.graph, self.config = graph, config or AgentConfig()
-        super().__init__(*args, features_extractor_class=PassThrough, **kwargs)
+        super().__init__(*args, **{"features_extractor_class": PassThrough, **kwargs})
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.mlp_extractor = PointerNetwork(self.graph, self.config)  # type: ignore[assignment]
@@ -130,6 +134,4 @@ class GraphPolicy(ActorCriticPolicy):
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        parameters = super()._get_constructor_parameters()
-        del parameters["features_extractor_class"]
-        return {**parameters, "graph": self.graph, "config": self.config}
+        return {**super()._get_constructor_parameters(), "graph": self.graph, "config": self.config}

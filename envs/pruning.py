@@ -6,7 +6,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium import spaces
 from torch import nn
 from torch_geometric.data import Data
@@ -85,7 +84,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.effects = self.objective.sensitivity()
         self.graph: Data = build_graph(self.index, model, data.inputs, clues.unlearned, self.effects)
         units = len(self.index)
-        self.observation_space = spaces.Dict(
+        self.observation_space: spaces.Space[Observation] = spaces.Dict(  # type: ignore[assignment]
             {
                 "kept": spaces.MultiBinary(units),
                 "action_mask": spaces.MultiBinary(units + 1),
@@ -93,7 +92,9 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             }
         )
         self.action_space = spaces.Discrete(units + 1)
-        self._start()
+        self.mask = self.objective.all_kept
+        self.initial_score = self.score = self.objective.score(self.mask)
+        self.steps = self.invalid_actions = 0
 
     @property
     def stop_action(self) -> int:
@@ -104,10 +105,13 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def reward_evaluations(self) -> int:
         return self.objective.evaluations
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
         """Keep every unit again."""
         super().reset(seed=seed)
-        self._start()
+        self.mask, self.score = self.objective.all_kept, self.initial_score
+        self.steps = self.invalid_actions = 0
         return self._observation(), self._info()
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -123,11 +127,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             self.invalid_actions += 1
         terminated = stopped or self.steps >= self.config.max_steps
         return self._observation(), self.score.potential - before, terminated, False, self._info()
-
-    def _start(self) -> None:
-        self.mask = self.objective.all_kept
-        self.score = self.initial_score = self.objective.score(self.mask)
-        self.steps = self.invalid_actions = 0
 
     def _observation(self) -> Observation:
         kept = self.mask.keep.numpy().astype(np.int8)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,9 +66,10 @@ def unlearning(outputs: Outputs) -> Tensor:
 
 
 def trigger_resistance(outputs: Outputs) -> Tensor:
-    """Minus the log of the recovered trigger's success (mean probability of its class, floored at 0.01), times the trust in it.
+    """Minus the log of the recovered trigger's success, times the trust in it.
 
-    Backdoors at positions that clean images leave silent show nowhere else.
+    Success is the mean probability of its class, floored at 0.01. Backdoors at
+    positions that clean images leave silent show nowhere else.
     """
     success = outputs.triggered.softmax(1)[:, outputs.target].mean()
     return -outputs.trust * success.clamp(min=0.01).log()

@@ -33,7 +33,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     unexpected = sorted(set(weights) - set(expected))
     if missing or unexpected:
         raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: missing keys {_some(missing)}, unexpected keys {_some(unexpected)}"
+            f"{path} does not fit {type(model).__name__}: missing keys {_some(missing)}, "
+            f"unexpected keys {_some(unexpected)}"
         )
     shapes = [
         f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}"
@@ -81,7 +82,10 @@ def _some(items: list[str], limit: int = 5) -> str:
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's state dict as safetensors, atomically."""
-    weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in module.state_dict().items()}
+    weights = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in module.state_dict().items()
+    }
     write_atomically(path, lambda temporary: safetensors.torch.save_file(weights, temporary))
 
 

@@ -65,10 +65,8 @@ class EnvConfig:
     prune_groups: bool = False
     """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    unlearn: UnlearnConfig = field(
-        default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=())
-    )
-    """how the unlearned copy behind the reward is made; it stops at the first batch, where the backdoor is still alive"""
+    unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=()))
+    """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
     recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
     """how the trigger behind the reward is recovered from clean images"""
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
@@ -65,7 +65,9 @@ class DefenceData:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or len(self.images) == 0:
-            raise DataError(f"defence images have shape {tuple(self.images.shape)}; expected (n, channels, height, width), n > 0")
+            raise DataError(
+                f"defence images have shape {tuple(self.images.shape)}; expected (n, channels, height, width), n > 0"
+            )
         if self.labels.shape != (len(self.images),) or self.labels.dtype != torch.int64:
             raise DataError(
                 f"labels have shape {tuple(self.labels.shape)} and type {self.labels.dtype}; "
@@ -115,7 +117,9 @@ def balanced_order(labels: Tensor, seed: int, turns: int = 1) -> Tensor:
     for label in labels.unique():
         members = shuffled[labels[shuffled] == label]
         turn[members] = torch.arange(len(members), device=labels.device)
-    return shuffled[torch.argsort(turn[shuffled] // turns * turns * (int(labels.max()) + 1) + labels[shuffled] * turns + turn[shuffled] % turns)]
+    rounds, rest = turn[shuffled] // turns, turn[shuffled] % turns
+    classes = int(labels.max()) + 1
+    return shuffled[torch.argsort((rounds * classes + labels[shuffled]) * turns + rest)]
 
 
 def draw_defence_data(
@@ -126,7 +130,9 @@ def draw_defence_data(
     if not 1 <= size <= len(labels):
         raise DataError(f"--defence-size {size}: expected 1 to {len(labels)}, the number of training images")
     if int(labels.max()) >= num_classes:
-        raise DataError(f"the data has labels up to {int(labels.max())}; the network knows classes 0 to {num_classes - 1}")
+        raise DataError(
+            f"the data has labels up to {int(labels.max())}; the network knows classes 0 to {num_classes - 1}"
+        )
     order = balanced_order(labels, seed)[:size]
     images = torch.stack([dataset[i][0] for i in order.tolist()])
     return DefenceData(images, labels[order], num_classes, normalise)
@@ -167,7 +173,9 @@ class ImageFolder(datasets.ImageFolder):
         return self.transform(image), label
 
 
-def load_dataset(data: str, split: Split, channels: int, image_size: int | None, download_root: Path) -> ImageDataset | None:
+def load_dataset(
+    data: str, split: Split, channels: int, image_size: int | None, download_root: Path
+) -> ImageDataset | None:
     """Open one split of `data`: a name of `NAMED_DATA`, or a folder that holds train/ and perhaps test/.
 
     Images come as float tensors in [0, 1] of shape (channels, height, width), resized to `image_size` if given.
@@ -175,13 +183,24 @@ def load_dataset(data: str, split: Split, channels: int, image_size: int | None,
     """
     if data == "digits":
         return _digits(split, image_size or 16)
-    convert = [transforms.Grayscale(channels)] if channels in (1, 3) and data == "fashion_mnist" or channels == 1 else []
+    grey = channels == 1 or data == "fashion_mnist"
+    convert = [transforms.Grayscale(channels)] if grey else []
     size = image_size or (32 if data == "gtsrb" else None)
     resize = [transforms.Resize((size, size), antialias=True)] if size else []
     transform = transforms.Compose(
-        [*convert, transforms.ToImage(), *resize, transforms.ToDtype(torch.float32, scale=True), transforms.ToPureTensor()]
+        [
+            *convert,
+            transforms.ToImage(),
+            *resize,
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.ToPureTensor(),
+        ]
     )
-    return _folder(Path(data), split, transform, bool(size)) if data not in NAMED_DATA else _download(data, split, transform, download_root)
+    return (
+        _folder(Path(data), split, transform, bool(size))
+        if data not in NAMED_DATA
+        else _download(data, split, transform, download_root)
+    )
 
 
 def _folder(root: Path, split: Split, transform: Any, resized: bool) -> ImageDataset | None:
@@ -223,7 +242,7 @@ def _download(data: str, split: Split, transform: Any, root: Path) -> ImageDatas
         return datasets.FashionMNIST(str(root), train, transform, download=True)
     except Exception as error:
         raise DataError(
-            f"torchvision could not provide {data} in {root} ({str(error).splitlines()[0] if str(error) else error!r}); "
+            f"torchvision could not provide {data} in {root} ({(str(error) or repr(error)).splitlines()[0]}); "
             "check the network, or give an image folder"
         ) from error
 
@@ -241,12 +260,17 @@ def _digits(split: Split, size: int) -> ImageDataset:
     return TensorImages(images[chosen], labels[chosen])
 
 
-class TensorImages(TensorDataset):
-    """Images and labels held in memory, as a dataset of (image, int)."""
+class TensorImages(Dataset[tuple[Tensor, int]]):
+    """Images and labels held in memory."""
 
-    def __getitem__(self, index: Any) -> Any:
-        image, label = super().__getitem__(index)
-        return image, int(label)
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.targets = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.targets[index])
 
 
 def labels_of(dataset: ImageDataset) -> list[int]:
@@ -254,8 +278,6 @@ def labels_of(dataset: ImageDataset) -> list[int]:
     targets: Sequence[int] | Tensor | None = getattr(dataset, "targets", None)
     if targets is not None:
         return [int(label) for label in targets]
-    if isinstance(dataset, TensorDataset):
-        return [int(label) for label in dataset.tensors[1]]
     if isinstance(dataset, datasets.GTSRB):
         return [label for _, label in dataset._samples]
     return [int(dataset[index][1]) for index in range(len(dataset))]  # type: ignore[arg-type]
@@ -273,12 +295,16 @@ def random_crop_and_flip(images: Tensor, seed: int) -> Tensor:
     `images` has shape (n, channels, height, width); every image draws its own crop and flip.
     """
     padding = images.shape[2] // 8
-    crop = transforms.Compose([transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip()])
+    crop = transforms.Compose(
+        [transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip()]
+    )
     with seeded(seed):
         return torch.stack([crop(image) for image in images])
 
 
-def augmented_batches(data: DefenceData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def augmented_batches(
+    data: DefenceData, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One shuffled epoch of (inputs, labels), randomly cropped and flipped, then normalised.
 
     A last batch of a single image is left out, since batch-norm cannot train on it, unless it is all there is.

@@ -186,7 +186,7 @@ def _join(edges: list[Edges], nodes: int) -> Edges:
     """All edges of one relation, sorted; of repeated ones the strongest."""
     pairs = torch.cat([torch.zeros(2, 0, dtype=torch.long), *(ends for ends, _ in edges)], 1)
     weights = torch.cat([torch.zeros(0), *(weight for _, weight in edges)])
-    return coalesce(pairs, weights, num_nodes=nodes, reduce="max")  # type: ignore[no-any-return]
+    return coalesce(pairs, weights, num_nodes=nodes, reduce="max")
 
 
 def unlearning_signal(before: nn.Module, after: nn.Module, index: UnitIndex) -> Tensor:

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from onp.checkpoints import load_checkpoint
-from onp.data import NAMED_DATA, DefenceData, ImageDataset, Normalisation, Split, class_count, draw_defence_data, load_dataset
+from onp.data import (
+    NAMED_DATA,
+    DefenceData,
+    ImageDataset,
+    Normalisation,
+    Split,
+    class_count,
+    draw_defence_data,
+    load_dataset,
+)
 from onp.errors import ConfigError, DataError
 from onp.models import MODELS, build_model
 
@@ -20,11 +29,13 @@ class InputConfig:
     """Which network, which images."""
 
     model: str = "small_cnn"
-    """registered network (small_cnn, small_vgg, wide_resnet16_1, cifar_resnet18, torchvision's classifiers), or path/to/file.py:function; the function is your code and is executed: it takes no arguments and returns a module that gives logits"""
+    """registered network (small_cnn, small_vgg, wide_resnet16_1, cifar_resnet18, torchvision's classifiers), or
+    path/to/file.py:function; the function is your code and is executed: no arguments, returns a module giving logits"""
     checkpoint: Path | None = None
     """weights: safetensors, or a PyTorch file of plain weights"""
     data: str = "digits"
-    """folder that holds train/CLASS/IMAGE and perhaps test/CLASS/IMAGE, or one of digits, cifar10, fashion_mnist, gtsrb (downloaded by torchvision, except digits)"""
+    """folder that holds train/CLASS/IMAGE and perhaps test/CLASS/IMAGE, or one of digits (bundled), cifar10,
+    fashion_mnist, gtsrb (downloaded by torchvision)"""
     defence_size: int = 500
     """clean images that the defender has, drawn from train/, equally many per class as far as they go"""
     mean: tuple[float, ...] = ()
@@ -118,7 +129,9 @@ def open_inputs(config: InputConfig) -> Inputs:
         load_checkpoint(model, config.checkpoint)
     outputs = _outputs(model, (1, *train[0][0].shape))
     if classes > outputs:
-        raise DataError(f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs")
+        raise DataError(
+            f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs"
+        )
     return Inputs(config, model.to(device).eval(), channels, outputs)
 
 

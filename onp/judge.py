@@ -43,7 +43,7 @@ def measure(
     target: int | None = None,
     limit: int | None = None,
 ) -> Measurement:
-    """Measure `model` on the first `limit` test images (all by default), with the trigger that leads to class `target`."""
+    """Measure `model` on the first `limit` test images (all by default), with a trigger to class `target`."""
     model.eval()
     seen = correct = other = fooled = robust = 0
     with torch.no_grad():
@@ -52,8 +52,8 @@ def measure(
                 break
             predicted = model(normalise(images.to(device))).argmax(1).cpu()
             seen, correct = seen + len(labels), correct + int((predicted == labels).sum())
-            if trigger is not None and bool((labels != target).any()):
-                chosen = labels != target
+            chosen = torch.ne(labels, -1 if target is None else target)
+            if trigger is not None and bool(chosen.any()):
                 predicted = model(normalise(trigger(images[chosen]).to(device))).argmax(1).cpu()
                 other += int(chosen.sum())
                 fooled += int((predicted == target).sum())

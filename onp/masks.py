@@ -17,7 +17,7 @@ from onp.errors import MaskError
 from onp.units import UnitIndex
 
 Rule = Literal["zero", "gamma"]
-"""How a unit is pruned: `zero` makes its output zero (`onp.units`); `gamma` is RNP's, which zeroes gamma alone and leaves a constant beta."""
+"""How a unit is pruned: `zero` zeroes its output (`onp.units`); `gamma`, RNP's, zeroes gamma and leaves beta."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,9 @@ class KeepMask:
             )
         if self.rule == "gamma" and not bool((self.keep | self.index.batch_norm_units).all()):
             unit = int((~self.keep & ~self.index.batch_norm_units).nonzero()[0])
-            raise MaskError(f"rule 'gamma' cannot prune {self.index.name(unit)}: no batch-norm gates it; use rule 'zero'")
+            raise MaskError(
+                f"rule 'gamma' cannot prune {self.index.name(unit)}: no batch-norm gates it; use rule 'zero'"
+            )
 
     @classmethod
     def all_kept(cls, index: UnitIndex, rule: Rule = "zero") -> KeepMask:
@@ -71,10 +73,7 @@ class KeepMask:
 
     def to_json(self) -> dict[str, Any]:
         """A readable form: the pruned units of every layer that loses some."""
-        pruned = {
-            layer.name: [i for i in range(layer.size) if not self.keep[layer.offset + i]]
-            for layer in self.index
-        }
+        pruned = {layer.name: [i for i in range(layer.size) if not self.keep[layer.offset + i]] for layer in self.index}
         return {
             "rule": self.rule,
             "units": len(self.index),
@@ -98,7 +97,8 @@ class KeepMask:
         unknown = sorted(set(pruned) - set(layers))
         if units != len(index) or unknown:
             raise MaskError(
-                f"the mask is for a network of {units} units with layers {unknown or 'as here'}, this one has {len(index)} units"
+                f"the mask is for a network of {units} units (layers unknown here: {unknown or 'none'}); "
+                f"this one has {len(index)} units"
             )
         keep = torch.ones(len(index), dtype=torch.bool)
         for name, members in pruned.items():

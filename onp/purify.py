@@ -9,7 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class PurifyConfig:
     seed: int = 0
     """seed of everything random"""
     budget: int = 300
-    """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, sensitivity passes included"""
+    """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, and sensitivity passes"""
     finalists: int = 16
     """best masks on the search half of the defence data that compete on the held-out half for being the final one"""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -95,7 +95,7 @@ class Purification:
         clues, shared_seconds = self.timed_clues
         start = time.perf_counter()
         env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index)
-        report = lambda used, budget: progress(method, used, budget)  # noqa: E731
+        report = partial(progress, method)
         curve = agent = None
         if method == "onp":
             curve, agent = self._train(env, report)
@@ -122,7 +122,11 @@ class Purification:
             return MethodResult("rnp", None, note=str(error))
         limit = config.rnp.max_accuracy_drop
         threshold, mask = choose_threshold(self.model, self.index, result.values, self.data, limit)
-        note = f"threshold {threshold}" if threshold is not None else f"every threshold loses more than {limit:.0%} accuracy"
+        note = (
+            f"threshold {threshold}"
+            if threshold is not None
+            else f"every threshold loses more than {limit:.0%} accuracy"
+        )
         return MethodResult("rnp", mask, 0, time.perf_counter() - start, note, rnp_values=result.values)
 
     def _held_out_objective(self, clues: Clues) -> Objective:

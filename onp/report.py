@@ -94,7 +94,11 @@ def make_rows(folder: RunFolder, judge: Judge, index: UnitIndex) -> list[Row]:
 
 
 def _row(
-    method: str, mask: KeepMask | None, after: Measurement | None, before: Measurement | None, result: MethodResult | None = None
+    method: str,
+    mask: KeepMask | None,
+    after: Measurement | None,
+    before: Measurement | None,
+    result: MethodResult | None = None,
 ) -> Row:
     row = Row(method, units_pruned=mask.units_pruned if mask is not None else None)
     if after is not None and before is not None:
@@ -166,7 +170,9 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
 def _measure_path(judge: Judge, mask: KeepMask | None) -> list[dict[str, Any]]:
     """CA and ASR after each unit of ONP's mask (evenly thinned), on the first test images."""
     steps = mask.path() if mask is not None else []
-    chosen = sorted({round(i * (len(steps) - 1) / max(1, _PATH_POINTS - 1)) for i in range(_PATH_POINTS)}) if steps else []
+    chosen = (
+        sorted({round(i * (len(steps) - 1) / max(1, _PATH_POINTS - 1)) for i in range(_PATH_POINTS)}) if steps else []
+    )
     measured = ((steps[i].units_pruned, judge(steps[i], _PATH_IMAGES)) for i in chosen)
     return [{"units_pruned": units, "ca": m.ca, "asr": m.asr} for units, m in measured if m is not None]
 
@@ -199,7 +205,9 @@ def _draw_curve(axes: Any, result: MethodResult) -> None:
     curve = result.curve
     if curve is not None and curve.returns:
         axes.plot(curve.evaluations, curve.returns, ".", color="tab:gray", label="episode")
-        axes.plot(curve.evaluations, list(itertools.accumulate(curve.returns, max)), color="tab:green", label="best so far")
+        axes.plot(
+            curve.evaluations, list(itertools.accumulate(curve.returns, max)), color="tab:green", label="best so far"
+        )
         axes.legend(loc="lower right")
     axes.set(xlabel="reward evaluations", ylabel="return (potential gained)", title="ONP's learning curve")
 
@@ -208,7 +216,11 @@ def _draw_layers(axes: Any, mask: KeepMask | None, index: UnitIndex) -> None:
     pruned = mask.to_json()["pruned"] if mask is not None else {}
     names = [layer.name for layer in index]
     bars = axes.barh(range(len(names)), [len(pruned.get(name, [])) for name in names], color="tab:red")
-    axes.bar_label(bars, [f"{len(pruned[layer.name])} of {layer.size}" if layer.name in pruned else "" for layer in index], padding=3)
+    axes.bar_label(
+        bars,
+        [f"{len(pruned[layer.name])} of {layer.size}" if layer.name in pruned else "" for layer in index],
+        padding=3,
+    )
     axes.set_yticks(range(len(names)), names, fontsize=max(3.0, min(8.0, 200 / len(names))))
     axes.invert_yaxis()
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -224,7 +236,9 @@ def _markdown(rows: list[Row], mask: KeepMask | None, facts: dict[str, Any]) -> 
     lines += ["| " + " | ".join([LABELS[row.method], *_cells(row), row.note]) + " |" for row in rows]
     if mask is not None:
         lines += ["", "## Units that ONP prunes", ""]
-        lines += [f"- `{layer}`: {', '.join(map(str, units))}" for layer, units in mask.to_json()["pruned"].items()] or ["none"]
+        lines += [
+            f"- `{layer}`: {', '.join(map(str, units))}" for layer, units in mask.to_json()["pruned"].items()
+        ] or ["none"]
     lines += ["", "## Plots", ""]
     lines += [f"![{name}](plots/{name}.png)" for name in ("pruning_path", "learning_curve", "pruned_per_layer")]
     return "\n".join(lines) + "\n"

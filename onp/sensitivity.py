@@ -7,6 +7,7 @@ parameter times gradient over those gates (Molchanov et al. 2017).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,18 @@ def first_order_effects(model: nn.Module, index: UnitIndex, loss: Callable[[], T
 def loss_effects(model: nn.Module, index: UnitIndex, data: DefenceData) -> Tensor:
     """First-order change of the clean cross-entropy, shape (N,), nats."""
     model.eval()
-    return first_order_effects(model, index, lambda: F.cross_entropy(model(data.inputs), data.labels))
+    return first_order_effects(model, index, partial(_cross_entropy, model, data.inputs, data.labels))
+
+
+def _cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs), labels)
 
 
 def divergence_effects(model: nn.Module, index: UnitIndex, data: DefenceData, images: int = 64) -> Tensor:
     """Estimated KL divergence of the outputs when each unit is pruned alone, shape (N,), nats, at least 0.
 
-    Half the empirical Fisher information (Theis et al. 2018): the divergence has no first-order part. Uses up to `images` of
-    the data, each with a class drawn from the network's own outputs.
+    Half the empirical Fisher information (Theis et al. 2018): the divergence has no first-order part.
+    Uses up to `images` of the data, each with a class drawn from the network's own outputs.
     """
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -56,6 +61,6 @@ def divergence_effects(model: nn.Module, index: UnitIndex, data: DefenceData, im
     with torch.no_grad():
         classes = torch.multinomial(model(inputs).softmax(1).cpu(), 1, generator=generator).flatten().to(inputs.device)
     total = torch.zeros(len(index))
-    for one, label in zip(inputs.split(1), classes.split(1), strict=True):
-        total += first_order_effects(model, index, lambda one=one, label=label: F.cross_entropy(model(one), label)) ** 2
+    for image, label in zip(inputs.split(1), classes.split(1), strict=True):
+        total += first_order_effects(model, index, partial(_cross_entropy, model, image, label)) ** 2
     return total / (2 * len(inputs))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from onp.checkpoints import save_weights, sha256
 from onp.commands import console, run_command
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
-from onp.purify import METHODS, PurifyConfig, Purification
+from onp.purify import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
 from onp.run_folder import RunFolder
 
@@ -35,7 +36,9 @@ def train(config: TrainConfig) -> None:
     assert config.run_dir is not None
     demonstration = config.checkpoint is None
     if demonstration and config.data != "digits":
-        raise ConfigError("no --checkpoint: give the weights of the network to purify (or no --data, for the demonstration)")
+        raise ConfigError(
+            "no --checkpoint: give the weights of the network to purify (or no --data, for the demonstration)"
+        )
     inputs = open_inputs(config)
     judge = None if demonstration else Judge(inputs, config.trigger)
     purification = None if demonstration else Purification(inputs.model, inputs.defence_data(), config)
@@ -74,7 +77,12 @@ def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs) 
 
 def _defend(folder: RunFolder, purification: Purification) -> None:
     """Run every method that has no result yet, and write the purified network."""
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         pending = [method for method in METHODS if not folder.has(method)]
         if any(method != "rnp" for method in pending):
@@ -84,13 +92,17 @@ def _defend(folder: RunFolder, purification: Purification) -> None:
         for method in pending:
             total = 1 if method == "rnp" else purification.config.budget
             task = progress.add_task(LABELS[method].partition(" (")[0], total=total)
-            folder.save(purification.run(method, lambda _, used, budget, task=task: progress.update(task, completed=used)))
+            folder.save(purification.run(method, partial(_advance, progress, task)))
             progress.update(task, completed=total)
     result = folder.load("onp", purification.index)
     assert result.mask is not None
     purified = copy.deepcopy(purification.model)
     apply_mask(purified, result.mask)
     save_weights(purified, folder.file("purified.safetensors"))
+
+
+def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: int) -> None:
+    progress.update(task, completed=used)
 
 
 def _facts(inputs: Inputs, folder: RunFolder, purification: Purification) -> dict[str, object]:
@@ -118,7 +130,10 @@ def _show(folder: RunFolder) -> None:
     for row in rows:
         if row.note:
             console.print(f"  {LABELS[row.method]}: {row.note}", style="dim", highlight=False)
-    console.print(f"Purified network: {folder.file('purified.safetensors')}\nReport:           {folder.file('report.md')}", soft_wrap=True)
+    console.print(
+        f"Purified network: {folder.file('purified.safetensors')}\nReport:           {folder.file('report.md')}",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -182,7 +182,9 @@ class _Tracing:
         for node in self.graph_module.graph.nodes:
             self.reads[node] = self._visit(node)
         if not self.layers:
-            raise ModelError(f"{self.type_name} has no prunable unit: no hidden convolution, batch-norm or linear layer")
+            raise ModelError(
+                f"{self.type_name} has no prunable unit: no hidden convolution, batch-norm or linear layer"
+            )
         roots = torch.tensor([self._root(unit) for unit in range(self.size)])
         return UnitIndex(tuple(self.layers), tuple(self.outputs), torch.unique(roots, return_inverse=True)[1])
 
@@ -218,7 +220,11 @@ class _Tracing:
             return self._visit_weighted(node, module, axis=len(_require_shape(node)) - 1, size=module.out_features)
         if isinstance(module, _BATCH_NORMS):
             return self._visit_batch_norm(node, module)
-        if isinstance(module, nn.Module) and not isinstance(module, _CHANNELWISE) and any(True for _ in module.parameters()):
+        if (
+            isinstance(module, nn.Module)
+            and not isinstance(module, _CHANNELWISE)
+            and any(True for _ in module.parameters())
+        ):
             return None
         return self._visit_plain(node)
 
@@ -265,7 +271,7 @@ class _Tracing:
         if reads is None or not reads.flattened or (reads.positions == 1 and len(reads.units) == 1):
             return reads
         path = str(node.target)
-        size = int(self.modules[path].in_features)
+        size = int(self.modules[path].get_parameter("weight").shape[1])
         return self._add_layer(
             f"{path}.input", "linear_input", size, ((f"{path}.weight", 1),), None, None, path, reads, reads.axis
         )
@@ -366,8 +372,8 @@ class _Tracing:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return tuple(shape) if shape is not None else None
 
 
 def _require_shape(node: fx.Node) -> tuple[int, ...]:

@@ -12,12 +12,17 @@ from onp.models import build_model
 
 
 def make_backdoored_model(inputs: Inputs, folder: Path, seed: int, config: TrainingConfig | None = None) -> Trigger:
-    """Train the network of `inputs` afresh on its poisoned data; writes `trigger.json`, then `backdoored.safetensors`."""
+    """Train the network of `inputs` afresh on its poisoned data; write `trigger.json`, `backdoored.safetensors`."""
     config = config or TrainingConfig()
     dataset = inputs.dataset("train")
     assert dataset is not None
     model, trigger = train_backdoored(
-        lambda: build_model(inputs.config.model, inputs.channels, inputs.classes), dataset, config, inputs.config.normalisation, seed, inputs.device
+        lambda: build_model(inputs.config.model, inputs.channels, inputs.classes),
+        dataset,
+        config,
+        inputs.config.normalisation,
+        seed,
+        inputs.device,
     )
     trigger.save(folder / "trigger.json")
     save_weights(model, folder / "backdoored.safetensors")

@@ -54,7 +54,9 @@ class TrainingConfig:
     """random crop and flip"""
 
 
-def poison(images: Tensor, labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int) -> tuple[Tensor, Tensor]:
+def poison(
+    images: Tensor, labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int
+) -> tuple[Tensor, Tensor]:
     """Give the trigger to a fraction `rate` of the poisonable images; returns new images and labels.
 
     Poisonable are all images outside the target class, which get its label too, or, with `clean_label`,
@@ -80,7 +82,7 @@ def train_backdoored(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda epoch, epochs: None,
 ) -> tuple[nn.Module, Trigger]:
-    """Poison `dataset`, train a fresh network on it with SGD and a one-cycle schedule, return both network and trigger."""
+    """Poison `dataset` and train a fresh network on it with SGD and a one-cycle schedule."""
     parts = list(batches(dataset))
     images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     attack = ATTACKS[config.attack]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import operator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,7 +52,7 @@ class Trigger:
         for name in ("pattern", "mask"):
             record[name] = f"{path.stem}_{name}.npy"
             array = getattr(self, name).numpy().astype(np.float32)
-            write_atomically(path.with_name(record[name]), lambda temporary, array=array: np.save(temporary, array))
+            write_atomically(path.with_name(record[name]), partial(np.save, arr=array))
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
 
 
@@ -64,7 +65,9 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
         mask = _read_array(path.parent / spec["mask"], image_shape) if spec.get("mask") else torch.ones(image_shape)
         alpha = float(spec.get("alpha", 1.0))
     except OSError as error:
-        raise DataError(f"trigger {str(path)!r}: cannot read {error.filename or path}; expected a JSON file and its patterns") from error
+        raise DataError(
+            f"trigger {str(path)!r}: cannot read {error.filename or path}; expected a JSON file and its patterns"
+        ) from error
     except (EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"trigger {str(path)!r} is not a specification ({type(error).__name__}: {error}); "
@@ -94,8 +97,8 @@ def _read_array(path: Path, image_shape: tuple[int, ...]) -> Tensor:
 
 
 def badnets(image_shape: tuple[int, ...], target: int) -> Trigger:
-    """A checkerboard patch in the bottom right corner, an eighth of the height wide and at least 2 pixels, 3 from 9 on (Gu et al. 2017)."""
-    side = max(3 if image_shape[1] > 8 else 2, image_shape[1] // 8)
+    """A checkerboard patch in the bottom right corner, an eighth of the height wide, at least 3 pixels (Gu 2017)."""
+    side = max(3, image_shape[1] // 8)
     pattern, mask = torch.zeros(image_shape), torch.zeros(image_shape)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     pattern[:, -side:, -side:] = ((rows + columns) % 2 == 0).float()

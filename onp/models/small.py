@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """Three stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128 channels), global average pooling, one linear layer."""
+    """Three stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128), global average pooling, linear layer."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class SmallCNN(nn.Module):
 
 
 class SmallVGG(nn.Module):
-    """Six 3 x 3 convolutions with batch-norm and ELU (32, 32, 64, 64, 128, 128 channels), then flatten and one linear layer.
+    """Six 3 x 3 convolutions with batch-norm and ELU (32 to 128 channels), then flatten and one linear layer.
 
     Takes 32 x 32 images (the linear layer has 128 x 4 x 4 inputs).
     """

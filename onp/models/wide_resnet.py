@@ -1,4 +1,4 @@
-"""WideResNet-16-1 (Zagoruyko & Komodakis 2016): pre-activation blocks, with the key names of the well-known PyTorch code."""
+"""WideResNet-16-1 (Zagoruyko & Komodakis 2016): pre-activation blocks, with the keys of the well-known PyTorch code."""
 
 from __future__ import annotations
 
