@@ -72,6 +72,17 @@ class InputConfig:
         changes["threads"] = self.threads or torch.get_num_threads()
         return replace(self, **changes)
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> InputConfig:
+        """The options as a run's `config.json` records them."""
+        names = {item.name for item in fields(InputConfig)}
+        values = {name: value for name, value in record.items() if name in names}
+        for name in ("checkpoint", "download_root"):
+            values[name] = Path(values[name]) if values.get(name) else None
+        for name in ("mean", "std"):
+            values[name] = tuple(values.get(name, ()))
+        return InputConfig(**values)
+
     @property
     def normalisation(self) -> Normalisation:
         return Normalisation(self.mean, self.std)

@@ -28,8 +28,8 @@ from onp.units import UnitIndex
 
 LABELS = {
     "backdoored": "backdoored model",
-    "rnp": "RNP (trigger-free stop)",
-    "rnp_oracle": "RNP (oracle threshold: sees the trigger)",
+    "rnp": "RNP, trigger-free",
+    "rnp_oracle": "RNP, oracle",
     "random": "random search",
     "ranked": "one-shot ranking",
     "greedy": "greedy search",
@@ -134,10 +134,10 @@ def _oracle_row(
 
 def make_table(rows: list[Row], title: str) -> Table:
     """The table for the terminal."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("method")
-    for name in ("CA %", "ASR %", "RA %", "DER", "units pruned", "evaluations", "seconds"):
-        table.add_column(name, justify="right")
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for name in ("CA %", "ASR %", "RA %", "DER", "pruned", "evals", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(LABELS[row.method], *_cells(row), style="bold" if row.method == "onp" else None)
     return table

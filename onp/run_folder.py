@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from agents.ppo import LearningCurve
 from onp.checkpoints import save_weights, write_atomically
 from onp.errors import ConfigError
+from onp.inputs import InputConfig
 from onp.masks import KeepMask
 from onp.purify import MethodResult
 from onp.units import UnitIndex
@@ -106,9 +107,14 @@ class RunFolder:
         path = self.file("rnp_mask_values.safetensors")
         return safetensors.torch.load_file(path)["values"] if path.exists() else None
 
-    def once(self, name: str, write: Callable[[Path], None]) -> Path:
-        """The file `name`, written by `write` unless it is there."""
-        path = self.file(name)
-        if not path.exists():
-            write(path)
-        return path
+
+def patient(config: InputConfig, folder: RunFolder) -> InputConfig:
+    """The options that open the network under treatment: without a checkpoint, the one made in the run folder."""
+    return config if config.checkpoint else replace(config, checkpoint=folder.file("backdoored.safetensors"))
+
+
+def trigger_path(options: dict[str, Any], folder: RunFolder) -> Path | None:
+    """The trigger specification to judge with: the user's, or that of the network made in the run folder."""
+    if not options["checkpoint"]:
+        return folder.file("trigger.json")
+    return Path(options["trigger"]) if options["trigger"] else None

@@ -17,7 +17,7 @@ from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
 from onp.purify import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
-from onp.run_folder import RunFolder
+from onp.run_folder import RunFolder, patient, trigger_path
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def train(config: TrainConfig) -> None:
         _show(folder)
         return
     if judge is None or purification is None:
-        inputs, trigger = _make_demonstration(config, folder, inputs)
-        judge, purification = Judge(inputs, trigger), Purification(inputs.model, inputs.defence_data(), config)
+        inputs = _make_demonstration(config, folder, inputs)
+        judge = Judge(inputs, trigger_path(folder.options(), folder))
+        purification = Purification(inputs.model, inputs.defence_data(), config)
     purification.log_dir = folder.file("tensorboard")
     _defend(folder, purification)
     console.print("Judging every mask on the test images ...")
@@ -64,15 +65,14 @@ def _run_dir(config: TrainConfig) -> Path:
     return (config.run_dir or Path("runs") / name).expanduser().resolve()
 
 
-def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs) -> tuple[Inputs, Path]:
+def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs) -> Inputs:
     """Backdoor a small network on digits, once per run folder."""
     from onp.attacks.make import make_backdoored_model  # makes the patient; what treats it never imports this
 
-    checkpoint, trigger = folder.file("backdoored.safetensors"), folder.file("trigger.json")
-    if not checkpoint.exists():
+    if not folder.file("backdoored.safetensors").exists():
         console.print("No --checkpoint given: training a small network on digits with a BadNets backdoor to purify ...")
         make_backdoored_model(inputs, folder.path, seed=config.seed)
-    return open_inputs(replace(config, checkpoint=checkpoint)), trigger
+    return open_inputs(patient(config, folder))
 
 
 def _defend(folder: RunFolder, purification: Purification) -> None:
@@ -91,7 +91,7 @@ def _defend(folder: RunFolder, purification: Purification) -> None:
             progress.update(task, completed=1)
         for method in pending:
             total = 1 if method == "rnp" else purification.config.budget
-            task = progress.add_task(LABELS[method].partition(" (")[0], total=total)
+            task = progress.add_task(LABELS[method].partition(",")[0], total=total)
             folder.save(purification.run(method, partial(_advance, progress, task)))
             progress.update(task, completed=total)
     result = folder.load("onp", purification.index)

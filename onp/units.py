@@ -231,6 +231,8 @@ class _Tracing:
     def _visit_weighted(self, node: fx.Node, module: nn.Module, axis: int, size: int) -> Reads | None:
         reads = self._input(node)
         if isinstance(module, nn.Linear):
+            if reads is not None and reads.axis != axis:
+                reads = None  # it mixes another axis than the one that the channels are on
             reads = self._input_positions(node, reads)
         path = str(node.target)
         if node in self.output_nodes:
@@ -264,7 +266,7 @@ class _Tracing:
         weight = str(source.target) if alone else None
         gates = ((f"{path}.weight", 0), (f"{path}.bias", 0))
         reads = self.reads[source]
-        return self._add_layer(path, kind, int(module.num_features), gates, weight, path, path, reads, axis=1)
+        return self._add_layer(path, kind, _require_shape(node)[1], gates, weight, path, path, reads, axis=1)
 
     def _input_positions(self, node: fx.Node, reads: Reads | None) -> Reads | None:
         """Make units of the input positions behind a flatten, where no single unit controls each of them already."""

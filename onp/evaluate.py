@@ -1,0 +1,65 @@
+"""`python -m onp.evaluate RUN`: measure every mask of a finished run again, from its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from onp.checkpoints import sha256
+from onp.commands import console, run_command
+from onp.errors import ConfigError
+from onp.inputs import InputConfig, open_inputs
+from onp.report import Judge, Row, make_rows, make_table
+from onp.run_folder import RunFolder, patient, trigger_path
+from onp.units import index_units
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Options of `python -m onp.evaluate`."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """run folder of a finished `python -m onp.train`"""
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Recompute every figure of a run from its files; exit code 1 where one differs from the report."""
+    folder = RunFolder(config.run)
+    options = folder.options()
+    if not folder.file("report.json").exists():
+        raise ConfigError(f"{config.run} holds no report.json: the run is not finished; run its command again")
+    report = json.loads(folder.file("report.json").read_text())
+    inputs = open_inputs(patient(InputConfig.from_record(options), folder))
+    if inputs.config.checkpoint is not None and sha256(inputs.config.checkpoint) != report["checkpoint_sha256"]:
+        raise ConfigError(f"{inputs.config.checkpoint} is not the file that this run purified; restore it")
+    dataset = inputs.dataset("train")
+    assert dataset is not None
+    index = index_units(inputs.model, tuple(dataset[0][0].shape))
+    rows = make_rows(folder, Judge(inputs, trigger_path(options, folder)), index)
+    console.print(make_table(rows, f"{config.run} measured again"))
+    differing = [row.method for row, old in zip(rows, report["rows"], strict=True) if not _same(row, Row(**old))]
+    if differing:
+        console.print(f"Differs from report.json: {', '.join(differing)}")
+        return 1
+    console.print("Every figure agrees with report.json.")
+    return 0
+
+
+def _same(new: Row, old: Row) -> bool:
+    """Fractions may differ by rounding where another machine computes the logits; counts may not."""
+    for name, value in asdict(new).items():
+        other = getattr(old, name)
+        if isinstance(value, float) and isinstance(other, float):
+            if abs(value - other) > 1e-9:
+                return False
+        elif value != other:
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    run_command(EvaluateConfig, evaluate, "onp.evaluate")
