@@ -1,1 +1,46 @@
-"""Optimized Neuron Pruning (ONP, arXiv 2405.17746): remove a backdoor from a network with clean images alone."""
+"""Optimized Neuron Pruning (ONP, arXiv 2405.17746): remove a backdoor from a network with clean images alone.
+
+model = onp.load_model("wide_resnet16_1", "suspect.pth")
+data = onp.load_defence_data("images", size=500)
+purified = onp.purify(model, data)
+print(purified.mask.to_json()["pruned"])
+torch.save(purified.model.state_dict(), "purified.pth")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onp.data import DefenceData as DefenceData
+    from onp.inputs import load_defence_data as load_defence_data
+    from onp.inputs import load_model as load_model
+    from onp.masks import KeepMask as KeepMask
+    from onp.masks import apply_mask as apply_mask
+    from onp.masks import masked as masked
+    from onp.purify import PurifyConfig as PurifyConfig
+    from onp.purify import purify as purify
+    from onp.units import UnitIndex as UnitIndex
+    from onp.units import index_units as index_units
+
+_HOMES = {
+    "DefenceData": "onp.data",
+    "KeepMask": "onp.masks",
+    "PurifyConfig": "onp.purify",
+    "UnitIndex": "onp.units",
+    "apply_mask": "onp.masks",
+    "index_units": "onp.units",
+    "load_defence_data": "onp.inputs",
+    "load_model": "onp.inputs",
+    "masked": "onp.masks",
+    "purify": "onp.purify",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import onp` alone stays light, and its parts may import each other."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onp' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -298,3 +298,9 @@ def to_networkx(graph: Data, index: UnitIndex) -> nx.DiGraph:
         if one < two if similar else not backward:
             result.add_edge(int(one), int(two), weight=weight, relation="similarity" if similar else "connectivity")
     return result
+
+
+if __name__ == "__main__":
+    from onp.graph_command import main
+
+    main()

@@ -124,6 +124,28 @@ def torch_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use cpu") from error
 
 
+def load_model(name: str, checkpoint: str | Path, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """A registered network, or `path/to/file.py:function`, in eval mode, with weights from a stranger's file (safely)."""
+    model = build_model(name, in_channels, num_classes)
+    load_checkpoint(model, Path(checkpoint))
+    return model.eval()
+
+
+def load_defence_data(
+    folder: str | Path,
+    size: int = 500,
+    seed: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    image_size: int | None = None,
+    channels: int = 3,
+) -> DefenceData:
+    """Draw `size` clean images from `folder`/train/CLASS/IMAGE, equally many per class as far as they go."""
+    dataset = load_dataset(str(folder), "train", channels, image_size, Path("~/.cache/onp").expanduser())
+    assert dataset is not None
+    return draw_defence_data(dataset, size, class_count(dataset), Normalisation(mean, std), seed)
+
+
 def open_inputs(config: InputConfig) -> Inputs:
     """Build the network, load its weights strictly, and check that there are images to train on."""
     if config.threads < 0:

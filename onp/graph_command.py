@@ -1,0 +1,67 @@
+"""The command behind `python -m onp.graph`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import networkx as nx
+
+from baselines_rnp.unlearn import unlearn
+from onp.checkpoints import write_atomically
+from onp.commands import console, run_command
+from onp.config import EnvConfig, UnlearnConfig
+from onp.drawing import draw_graph
+from onp.errors import MaskError
+from onp.graph import GraphConfig, build_graph, to_networkx
+from onp.inputs import InputConfig, open_inputs
+from onp.masks import KeepMask
+from onp.purify import check_network
+from onp.sensitivity import loss_effects
+from onp.units import UnitIndex, index_units
+
+
+@dataclass(frozen=True)
+class GraphCommandConfig(InputConfig):
+    """Options of `python -m onp.graph`."""
+
+    out: Path = Path("graph")
+    """folder for graph.png and graph.graphml"""
+    mask: Path | None = None
+    """keep mask of a run (masks/METHOD.json), whose pruned units are ringed"""
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    """what becomes an edge"""
+    unlearn: UnlearnConfig = field(default_factory=lambda: EnvConfig().unlearn)
+    """how the unlearned copy is made, whose weight change colours the units"""
+
+
+def draw(config: GraphCommandConfig) -> None:
+    """Draw a network's unit graph (PNG) and write it as GraphML."""
+    inputs = open_inputs(config.resolved())
+    data = inputs.defence_data()
+    index = index_units(inputs.model, data.input_shape)
+    check_network(inputs.model, data)
+    pruned = _pruned(config.mask, index)
+    unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model
+    effects = {"first_order_clean_loss": loss_effects(inputs.model, index, data)}
+    graph = to_networkx(build_graph(index, inputs.model, data.inputs, unlearned, effects, config.graph), index)
+    write_atomically(config.out / "graph.graphml", lambda temporary: nx.write_graphml(graph, temporary))
+    write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))
+    console.print(f"{len(index)} units in {len(index.layers)} layers, {graph.number_of_edges()} edges")
+    console.print(f"{config.out / 'graph.png'}\n{config.out / 'graph.graphml'}")
+
+
+def _pruned(path: Path | None, index: UnitIndex) -> set[int]:
+    if path is None:
+        return set()
+    try:
+        mask = KeepMask.from_json(index, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise MaskError(f"{str(path)!r} is not a readable mask ({error}); give masks/METHOD.json of a run") from error
+    return set((~mask.keep).nonzero().flatten().tolist())
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(GraphCommandConfig, draw, "onp.graph")

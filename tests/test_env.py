@@ -1,0 +1,366 @@
+"""The environment's contract: Gymnasium's and SB3's checkers, and rewards recomputed by hand."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from stable_baselines3 import A2C, DQN
+from stable_baselines3.common.env_checker import check_env as sb3_check
+from torch import Tensor, nn
+
+import envs  # noqa: F401 (registers the environment)
+from envs.pruning import PruningEnv, find_clues
+from envs.rewards import TERMS, Clues, Objective
+from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.data import DefenceData, Normalisation
+from onp.masks import KeepMask, apply_mask
+from onp.trigger_recovery import RecoveredTrigger
+
+REWARD = RewardConfig(clean_accuracy=0.7, clean_fidelity=2.0, unlearning=0.5, trigger_resistance=0.4)
+UNBOUNDED = "ignore:.*A Box observation space m..imum value is .?infinity:UserWarning"
+"""gained potential has no bound"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small lose by threads, and badly on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class TinyNet(nn.Module):
+    """Units 0-2 (stem) and 3-5 (branch) are tied by a residual sum; 6-17 are flattened positions, 18-22 neurons."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.branch, self.branch_norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.hidden, self.out = nn.Linear(12, 5), nn.Linear(5, 3)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x)).relu()
+        x = nn.functional.avg_pool2d((x + self.branch_norm(self.branch(x))).relu(), 4)
+        return self.out(self.hidden(x.flatten(1)).relu())
+
+
+@pytest.fixture
+def data() -> DefenceData:
+    images = torch.rand((18, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    return DefenceData(images, torch.arange(18) % 3, 3, Normalisation((0.4,), (0.5,)))
+
+
+@pytest.fixture
+def clues() -> Clues:
+    """Another network as unlearned copy, and a corner patch for class 1 that is half trusted."""
+    mask = torch.zeros(1, 8, 8)
+    mask[0, :3, :3] = 0.9
+    return Clues(TinyNet(seed=5), RecoveredTrigger(1, mask, torch.ones(1, 8, 8), (6.0, 4.0, 9.0)))
+
+
+def make_env(data: DefenceData, clues: Clues, **settings: Any) -> PruningEnv:
+    return PruningEnv(TinyNet(), data, EnvConfig(**{"max_steps": 5, "reward": REWARD, **settings}), clues)
+
+
+def quick_config() -> EnvConfig:
+    return EnvConfig(4, unlearn=UnlearnConfig(max_epochs=2), recovery=TriggerRecoveryConfig(steps=6, batch_size=4))
+
+
+def made(data: DefenceData) -> gym.Env[Any, Any]:
+    return gym.make("onp/NeuronPruning-v0", model=TinyNet(), data=data, config=quick_config())
+
+
+def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, float]:
+    """The reward terms from logits of permanently pruned copies, in NumPy."""
+
+    def logits(model: nn.Module, images: Tensor, prune: bool = True) -> np.ndarray:
+        model = copy.deepcopy(model)
+        if prune:
+            apply_mask(model, mask)
+        with torch.no_grad():
+            return model((images - 0.4) / 0.5).double().numpy()
+
+    def softmax(values: np.ndarray) -> np.ndarray:
+        return np.exp(values) / np.exp(values).sum(1, keepdims=True)
+
+    labels, rows = data.labels.numpy(), np.arange(len(data))
+    before, after = softmax(logits(TinyNet(), data.images, prune=False)), softmax(logits(TinyNet(), data.images))
+    cross_entropy = -np.log(softmax(logits(clues.unlearned, data.images))[rows, labels]).mean()
+    others = data.images[data.labels != 1].clone()
+    others[:, :, :3, :3] = 0.1 * others[:, :, :3, :3] + 0.9
+    success = softmax(logits(TinyNet(), others))[:, 1].mean()
+    return {
+        "clean_accuracy": float((after.argmax(1) == labels).mean()),
+        "clean_fidelity": -float((before * np.log(before / after)).sum(1).mean()),
+        "unlearning": -math.log(max(cross_entropy, 0.5 * math.log(3))),
+        "trigger_resistance": -0.5 * math.log(max(success, 0.01)),
+    }
+
+
+def potential_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> float:
+    terms = terms_by_hand(data, clues, mask)
+    return sum(getattr(REWARD, name) * value for name, value in terms.items())
+
+
+# --- interface ------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_registers_the_environment_and_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, gymnasium, envs\n"
+        "assert 'onp/NeuronPruning-v0' in gymnasium.registry, 'not registered'\n"
+        "heavy = {'torch', 'torch_geometric', 'stable_baselines3', 'envs.pruning', 'onp.units'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["onp/NeuronPruning-v0", "envs:onp/NeuronPruning-v0"])
+def test_gymnasium_makes_the_environment(data: DefenceData, name: str) -> None:
+    env = gym.make(name, model=TinyNet(), data=data, config=quick_config())
+    assert isinstance(env.unwrapped, PruningEnv)
+    assert env.action_space == gym.spaces.Discrete(24)
+    observation, info = env.reset(seed=3)
+    assert env.observation_space.contains(observation)
+    assert env.unwrapped.stop_action == 23
+    assert info["units_pruned"] == 0
+    assert env.unwrapped.graph.x.shape[0] == 23
+
+
+@pytest.mark.filterwarnings(UNBOUNDED)
+def test_gymnasiums_checker_accepts_it(data: DefenceData) -> None:
+    gymnasium_check(made(data).unwrapped)
+
+
+@pytest.mark.filterwarnings(UNBOUNDED)
+def test_steps_are_deterministic_for_gymnasiums_checker(data: DefenceData, clues: Clues) -> None:
+    """As `check_env` tests it (infos included), without a registered environment."""
+    from gymnasium.utils import env_checker
+
+    env = make_env(data, clues)
+    env_checker.check_reset_return_type(env)
+    env_checker.check_reset_seed_determinism(env)
+    env_checker.check_step_determinism(env)
+
+
+@pytest.mark.filterwarnings(UNBOUNDED)
+def test_stable_baselines_checker_accepts_it(data: DefenceData, clues: Clues) -> None:
+    sb3_check(make_env(data, clues))
+
+
+@pytest.mark.parametrize("algorithm", [A2C, DQN])
+def test_stock_agents_run_on_it(data: DefenceData, clues: Clues, algorithm: type[A2C] | type[DQN]) -> None:
+    env = make_env(data, clues)
+    settings: dict[str, Any] = {"n_steps": 4} if algorithm is A2C else {"learning_starts": 4, "buffer_size": 40}
+    agent = algorithm("MultiInputPolicy", env, seed=0, device="cpu", **settings).learn(16)
+    assert agent.num_timesteps == 16
+    assert env.reward_evaluations > 5
+
+
+# --- reward ---------------------------------------------------------------------------------------------
+
+
+def test_every_prefix_is_worth_its_mask(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    env.reset()
+    mask = KeepMask.all_kept(env.index)
+    start = before = potential_by_hand(data, clues, mask)
+    total, rewards = 0.0, []
+    for unit in (1, 9, 4, 20):
+        observation, reward, _, _, info = env.step(unit)
+        mask = mask.without([unit])
+        now = potential_by_hand(data, clues, mask)
+        total += reward
+        rewards.append(reward)
+        assert reward == pytest.approx(now - before, abs=1e-5)
+        assert total == pytest.approx(now - start, abs=1e-5)
+        assert info["potential"] == pytest.approx(now, abs=1e-5)
+        assert observation["progress"][1] == pytest.approx(total, abs=1e-5)
+        before = now
+    assert all(abs(reward) > 1e-3 for reward in rewards)  # else the agreement would mean little
+
+
+def test_info_holds_every_term(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    _, info = env.reset()
+    for unit in (2, 7):
+        assert set(info) == {
+            "terms", "potential", "units_pruned", "invalid_actions", "reward_evaluations", "keep_mask",
+        }  # fmt: skip
+        assert list(info["terms"]) == list(TERMS)
+        assert info["terms"] == pytest.approx(terms_by_hand(data, clues, info["keep_mask"]), abs=1e-5)
+        *_, info = env.step(unit)
+    assert info["units_pruned"] == 2
+    assert (~info["keep_mask"].keep).nonzero().flatten().tolist() == [2, 7]
+
+
+# --- actions --------------------------------------------------------------------------------------------
+
+
+def test_an_invalid_action_is_a_counted_no_op(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    env.reset()
+    _, _, _, _, first = env.step(8)
+    observation, reward, terminated, truncated, info = env.step(8)
+    assert (reward, terminated, truncated) == (0.0, False, False)
+    assert info["invalid_actions"] == 1
+    assert info["units_pruned"] == 1
+    assert info["reward_evaluations"] == first["reward_evaluations"]
+    assert observation["progress"][0] == pytest.approx(1 - 2 / 5)
+    *_, info = env.step(np.int64(8))
+    assert info["invalid_actions"] == 2
+    _, info = env.reset()
+    assert info["invalid_actions"] == 0
+
+
+def test_stop_ends_the_episode_without_reward(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    env.reset()
+    env.step(0)
+    observation, reward, terminated, truncated, info = env.step(env.stop_action)
+    assert (reward, terminated, truncated) == (0.0, True, False)
+    assert info["invalid_actions"] == 0
+    assert observation["kept"].tolist() == [0] + 22 * [1]
+
+
+def test_the_step_limit_terminates_and_counts_no_ops(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, max_steps=3)
+    env.reset()
+    ends = [env.step(action)[2:4] for action in (6, 6, 7)]
+    assert ends == [(False, False), (False, False), (True, False)]
+    assert env._observation()["progress"][0] == 0
+
+
+def test_groups_are_pruned_together(data: DefenceData, clues: Clues) -> None:
+    single, grouped = make_env(data, clues), make_env(data, clues, prune_groups=True)
+    for env, pruned in ((single, [4]), (grouped, [1, 4])):
+        env.reset()
+        observation, reward, _, _, info = env.step(4)
+        assert np.flatnonzero(observation["kept"] == 0).tolist() == pruned
+        assert info["units_pruned"] == len(pruned)
+        mask = KeepMask.all_kept(env.index)
+        gained = potential_by_hand(data, clues, mask.without(pruned)) - potential_by_hand(data, clues, mask)
+        assert reward == pytest.approx(gained, abs=1e-5)
+    _, reward, _, _, info = grouped.step(1)
+    assert (reward, info["invalid_actions"]) == (0.0, 1)
+
+
+def test_action_mask_shows_what_is_valid(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    observation, _ = env.reset()
+    assert observation["action_mask"].tolist() == 24 * [1]
+    observation, *_ = env.step(5)
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [5]
+    assert env.observation_space.contains(observation)
+
+
+# --- bookkeeping ----------------------------------------------------------------------------------------
+
+
+def test_evaluations_count_distinct_masks_and_sensitivity_passes(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    env.reset()
+    counts = [env.reward_evaluations]
+    for action in (3, 3, 9):
+        counts.append(env.step(action)[4]["reward_evaluations"])
+    env.reset()
+    for action in (9, 3, 10, env.stop_action):  # {9} is new, {3, 9} is known, {3, 9, 10} is new
+        counts.append(env.step(action)[4]["reward_evaluations"])
+    assert counts == [5, 6, 6, 7, 8, 8, 9, 9]  # 4 sensitivity passes and the mask that keeps all
+    assert env.objective.sensitivity().keys() == env.effects.keys()
+    assert env.reward_evaluations == 13
+
+
+def test_reset_restores_the_start(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    start, info = env.reset()
+    rewards = [env.step(unit)[1] for unit in (2, 11)]
+    again, restored = env.reset(seed=7)
+    assert all(np.array_equal(start[key], again[key]) for key in start)
+    assert again["progress"].tolist() == [1.0, 0.0]
+    assert restored["units_pruned"] == restored["invalid_actions"] == 0
+    assert restored["potential"] == info["potential"]
+    assert [env.step(unit)[1] for unit in (2, 11)] == rewards
+
+
+def test_an_episode_leaves_both_networks_bit_identical(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    networks = (env.objective.model, clues.unlearned)
+    before = [copy.deepcopy(network.state_dict()) for network in networks]
+    flags = [[parameter.requires_grad for parameter in network.parameters()] for network in networks]
+    env.reset()
+    for unit in (0, 3, 8, 12, 21):
+        env.step(unit)
+    for network, weights, grads in zip(networks, before, flags, strict=True):
+        after = network.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in weights.items())
+        assert [parameter.requires_grad for parameter in network.parameters()] == grads
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_construction_leaves_the_network_as_it_was(data: DefenceData) -> None:
+    model = TinyNet()
+    before = copy.deepcopy(model.state_dict())
+    PruningEnv(model, data, quick_config())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert not model.training
+
+
+def test_same_seed_same_episode(data: DefenceData) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        env = PruningEnv(TinyNet(), data, quick_config(), seed=seed)
+        observations = [env.reset(seed=0)[0]]
+        rewards = []
+        for action in (4, 17, 4, 19):
+            observation, reward, *_ = env.step(action)
+            observations.append(observation)
+            rewards.append(reward)
+        runs.append((np.concatenate([np.concatenate(list(o.values())) for o in observations]), rewards, env.graph.x))
+    one, two, other = runs
+    assert np.array_equal(one[0], two[0]) and one[1] == two[1] and torch.equal(one[2], two[2])
+    assert one[1] != other[1]  # the seed reaches the unlearned copy and the recovered trigger
+
+
+# --- no trigger -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [PruningEnv.__init__, find_clues, Objective.__init__, Clues.__init__])
+def test_no_place_for_a_known_trigger(function: Any) -> None:
+    """`Clues.trigger` is the one parameter with that word in it, and its type is the recovered one."""
+    parameters = inspect.signature(function).parameters
+    named = [name for name in parameters if any(word in name for word in ("trigger", "poison", "attack", "test"))]
+    assert named == (["trigger"] if function is Clues.__init__ else [])
+    for name in named:
+        assert parameters[name].annotation == "RecoveredTrigger"
+    kinds = {parameter.kind for parameter in parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+
+
+def test_a_trigger_is_refused(data: DefenceData, clues: Clues) -> None:
+    model: Any = TinyNet()
+    with pytest.raises(TypeError, match="trigger"):
+        PruningEnv(model, data, quick_config(), clues, trigger=clues.trigger)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="trigger"):
+        find_clues(model, data, quick_config(), 0, trigger=clues.trigger)  # type: ignore[call-arg]
+    index = make_env(data, clues).index
+    with pytest.raises(TypeError, match="trigger"):
+        Objective(model, clues, index, data, REWARD, trigger=clues.trigger)  # type: ignore[call-arg]
