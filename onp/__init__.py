@@ -40,7 +40,7 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: `import onp` alone stays light, and its parts may import each other."""
+    """Import a public name when it is first used, so that the parts may import each other."""
     if name not in _HOMES:
         raise AttributeError(f"module 'onp' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

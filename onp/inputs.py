@@ -125,7 +125,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def load_model(name: str, checkpoint: str | Path, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """A registered network, or `path/to/file.py:function`, in eval mode, with weights from a stranger's file (safely)."""
+    """A registered network, or `path/to/file.py:function`, in eval mode, with weights read safely from a file."""
     model = build_model(name, in_channels, num_classes)
     load_checkpoint(model, Path(checkpoint))
     return model.eval()
