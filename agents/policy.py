@@ -46,8 +46,8 @@ class GraphEncoder(nn.Module):
 class PointerNetwork(nn.Module):
     """Observation to masked action logits (batch, N + 1) and values (batch, 1).
 
-    The logits start at the graph's `prior` feature (minus the log of a unit's rank by first-order score), so that an
-    untrained policy samples from what one sensitivity pass knows, whatever the network's size.
+    The logits start at a prior, minus a multiple of the log of a unit's rank by the first-order effects in the
+    observation, so that an untrained policy samples near the gradient's choice, whatever the network's size.
     """
 
     x: Tensor
@@ -60,7 +60,6 @@ class PointerNetwork(nn.Module):
         self.register_buffer("x", graph.x, persistent=False)
         self.register_buffer("edge_index", graph.edge_index, persistent=False)
         self.register_buffer("edge_attr", graph.edge_attr, persistent=False)
-        self.prior_column = list(graph.feature_names).index("prior")
         hidden = config.hidden
         self.encoder = GraphEncoder(graph.x.shape[1], graph.edge_attr.shape[1], config)
         self.context = nn.Sequential(nn.Linear(2 * hidden + 2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
@@ -68,20 +67,20 @@ class PointerNetwork(nn.Module):
         self.bias = nn.Linear(hidden, 1)
         self.stop = nn.Linear(hidden, 1)
         self.value = nn.Linear(hidden, 1)
-        self.prior_weight = nn.Parameter(torch.ones(()))
+        self.prior_weight = nn.Parameter(torch.tensor(1.5))
         for head in (self.query, self.bias, self.stop):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        nn.init.constant_(self.stop.bias, -1.0)
+        nn.init.constant_(self.stop.bias, -2.0)
         self._embedding: tuple[tuple[int, ...], Tensor] | None = None
 
     def forward(self, observation: dict[str, Tensor]) -> Latents:
         embedding, context = self._read(observation)
-        return self._logits(embedding, context, observation["action_mask"]), self.value(context)
+        return self._logits(embedding, context, observation), self.value(context)
 
     def forward_actor(self, observation: dict[str, Tensor]) -> Tensor:
         embedding, context = self._read(observation)
-        return self._logits(embedding, context, observation["action_mask"])
+        return self._logits(embedding, context, observation)
 
     def forward_critic(self, observation: dict[str, Tensor]) -> Tensor:
         return self.value(self._read(observation)[1])
@@ -102,10 +101,13 @@ class PointerNetwork(nn.Module):
             self._embedding = (version, self.encoder(self.x, self.edge_index, self.edge_attr))
         return self._embedding[1]
 
-    def _logits(self, embedding: Tensor, context: Tensor, action_mask: Tensor) -> Tensor:
+    def _logits(self, embedding: Tensor, context: Tensor, observation: dict[str, Tensor]) -> Tensor:
         match = self.query(context) @ embedding.T / math.sqrt(embedding.shape[1])
-        units = match + self.bias(embedding).T + self.prior_weight * self.x[:, self.prior_column]
-        return torch.cat([units, self.stop(context)], 1).masked_fill(action_mask < 0.5, -1e8)
+        effects = observation["effects"].masked_fill(observation["kept"] < 0.5, -torch.inf)
+        # Ties share a rank: the prior must not depend on how units are numbered.
+        rank = effects.shape[1] - torch.searchsorted(effects.sort(dim=1).values, effects, right=True)
+        units = match + self.bias(embedding).T - self.prior_weight * torch.log1p(rank)
+        return torch.cat([units, self.stop(context)], 1).masked_fill(observation["action_mask"] < 0.5, -1e8)
 
 
 class PassThrough(BaseFeaturesExtractor):

@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 def ranked_units(env: PruningEnv) -> list[int]:
     """All units, the best first-order score first."""
-    return env.effects["first_order_score"].argsort(descending=True, stable=True).tolist()
+    return env.effects["score"].argsort(descending=True, stable=True).tolist()
 
 
 def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
@@ -28,7 +28,8 @@ def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress
     for unit in ranked_units(env):
         if env.reward_evaluations >= budget:
             break
-        mask = mask.without([unit])
+        if mask.keep[unit]:
+            mask = env.prune(mask, unit)
         env.objective.score(mask)
         progress(env.reward_evaluations, budget)
 
@@ -43,7 +44,7 @@ def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
     width = max(1, (budget - env.reward_evaluations) // env.config.max_steps)
     mask = env.objective.all_kept
     while env.reward_evaluations < budget and mask.units_pruned < len(order):
-        trials = [mask.without([unit]) for unit in [unit for unit in order if mask.keep[unit]][:width]]
+        trials = [env.prune(mask, unit) for unit in [unit for unit in order if mask.keep[unit]][:width]]
         for trial in trials[: budget - env.reward_evaluations]:
             env.objective.score(trial)
             progress(env.reward_evaluations, budget)
@@ -54,7 +55,8 @@ def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
 def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
     """Episodes of uniformly random valid units."""
     generator = np.random.default_rng(seed)
-    while env.reward_evaluations < budget:
+    idle = 0  # episodes in a row that scored nothing new: of a tiny network every mask has been seen
+    while env.reward_evaluations < budget and idle < 100:
         observation, _ = env.reset()
         done = False
         before = env.reward_evaluations
@@ -62,8 +64,7 @@ def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
             action = generator.choice(np.flatnonzero(observation["kept"]))
             observation, _, done, _, _ = env.step(action)
             progress(env.reward_evaluations, budget)
-        if env.reward_evaluations == before and len(env.index) <= env.config.max_steps:
-            break  # a network so small that every mask has been seen
+        idle = idle + 1 if env.reward_evaluations == before else 0
 
 
 SEARCHES: dict[str, Callable[[PruningEnv, int, int, Progress], None]] = {

@@ -15,10 +15,13 @@ from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.graph import build_graph
+from onp.masks import KeepMask
+from onp.sensitivity import loss_effects
 from onp.trigger_recovery import recover_trigger
 from onp.units import UnitIndex, index_units
 
 Observation = dict[str, np.ndarray]
+LIMIT = 1e6  # of observations, in potential; no sane network comes near
 
 
 def find_clues(model: nn.Module, data: DefenceData, config: EnvConfig, seed: int) -> Clues:
@@ -43,6 +46,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     |---------------|--------------------|-----------------------------------------------------------------------|
     | `kept`        | `MultiBinary(N)`   | 1 where a unit is kept                                                |
     | `action_mask` | `MultiBinary(N+1)` | 1 where an action is valid; stopping always is                        |
+    | `effects`     | `Box(N)`           | first-order change of the potential if the unit were pruned next     |
     | `progress`    | `Box(2)`           | fraction of the steps that is left; potential gained since the start  |
 
     ## Reward
@@ -81,14 +85,19 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.index = index or index_units(model, data.input_shape)
         clues = clues or find_clues(model, data, self.config, seed)
         self.objective = Objective(model, clues, self.index, data, self.config.reward)
-        self.effects = self.objective.sensitivity()
+        self.effects = {
+            **self.objective.effects(self.objective.all_kept),
+            "clean_loss": loss_effects(model, self.index, data),
+        }
+        self.objective.evaluations += 1  # that was a sensitivity pass too
         self.graph: Data = build_graph(self.index, model, data.inputs, clues.unlearned, self.effects)
         units = len(self.index)
         self.observation_space: spaces.Space[Observation] = spaces.Dict(  # type: ignore[assignment]
             {
                 "kept": spaces.MultiBinary(units),
                 "action_mask": spaces.MultiBinary(units + 1),
-                "progress": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+                "effects": spaces.Box(-LIMIT, LIMIT, (units,), np.float32),
+                "progress": spaces.Box(-LIMIT, LIMIT, (2,), np.float32),
             }
         )
         self.action_space = spaces.Discrete(units + 1)
@@ -121,12 +130,16 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.steps += 1
         stopped = action == self.stop_action
         if not stopped and self.mask.keep[action]:
-            self.mask = self.mask.without(self.index.group_of(action) if self.config.prune_groups else [action])
+            self.mask = self.prune(self.mask, action)
             self.score = self.objective.score(self.mask)
         elif not stopped:
             self.invalid_actions += 1
         terminated = stopped or self.steps >= self.config.max_steps
         return self._observation(), self.score.potential - before, terminated, False, self._info()
+
+    def prune(self, mask: KeepMask, unit: int) -> KeepMask:
+        """`mask` without `unit`, or without its whole group."""
+        return mask.without(self.index.group_of(unit) if self.config.prune_groups else [unit])
 
     def _observation(self) -> Observation:
         kept = self.mask.keep.numpy().astype(np.int8)
@@ -135,7 +148,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         return {
             "kept": kept,
             "action_mask": np.append(kept, np.int8(1)),
-            "progress": np.array([left, gained], dtype=np.float32),
+            "effects": self.objective.effects(self.mask)["score"].clamp(-LIMIT, LIMIT).numpy(),
+            "progress": np.array([left, np.clip(gained, -LIMIT, LIMIT)], dtype=np.float32),
         }
 
     def _info(self) -> dict[str, Any]:

@@ -6,17 +6,18 @@ Every term sees clean data alone. The terms and their weights are our assumption
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onp.config import RewardConfig
 from onp.data import DefenceData
 from onp.engine import Engine
-from onp.masks import KeepMask
-from onp.sensitivity import divergence_effects, first_order_effects, loss_effects
+from onp.masks import KeepMask, masked
+from onp.sensitivity import first_order_effects
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex
 
@@ -82,6 +83,8 @@ TERMS: dict[str, Callable[[Outputs], Tensor]] = {
     "trigger_resistance": trigger_resistance,
 }
 """reward terms by the names of their weights in `RewardConfig`"""
+PLACES = {"clean_fidelity": "pruned", "unlearning": "unlearned", "trigger_resistance": "triggered"}
+"""which logits a term with a gradient looks at"""
 
 
 @dataclass(frozen=True)
@@ -116,52 +119,47 @@ class Objective:
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
         others = data.images[data.labels != clues.trigger.target]
-        self.triggered_inputs = data.normalise(clues.trigger(others if len(others) else data.images))
-        self._engines = (
-            Engine(model, data.inputs),
-            Engine(clues.unlearned, data.inputs),
-            Engine(model, self.triggered_inputs),
-        )
-        self._original = self._engines[0].logits(self.all_kept)
-
-    def outputs(self, pruned: Tensor, unlearned: Tensor, triggered: Tensor) -> Outputs:
-        """Logits of shape (n, classes) each, joined with what no mask changes."""
-        trigger = self.clues.trigger
-        return Outputs(self.data.labels, self._original, pruned, unlearned, triggered, trigger.target, trigger.trust)
-
-    def sensitivity(self) -> dict[str, Tensor]:
-        """First-order effects of pruning each unit alone, (N,) each, by name; counts as one evaluation per pass.
-
-        `first_order_score` estimates the change of the potential, the best guess of what a unit is worth.
-        """
-        self.evaluations += 4
-        model, unlearned = self.model.eval(), self.clues.unlearned.eval()
-        plain = [engine.logits(self.all_kept) for engine in self._engines]
-
-        def gain(network: nn.Module, inputs: Tensor, place: int, name: str) -> Tensor:
-            def loss() -> Tensor:
-                logits = [*plain]
-                logits[place] = network(inputs)
-                return TERMS[name](self.outputs(*logits))
-
-            return getattr(self.weights, name) * first_order_effects(network, self.index, loss)
-
-        unlearning_gain = gain(unlearned, self.data.inputs, 1, "unlearning")
-        trigger_gain = gain(model, self.triggered_inputs, 2, "trigger_resistance")
-        divergence = divergence_effects(model, self.index, self.data)
-        return {
-            "first_order_unlearning": unlearning_gain,
-            "first_order_trigger": trigger_gain,
-            "first_order_divergence": divergence,
-            "first_order_clean_loss": loss_effects(model, self.index, self.data),
-            "first_order_score": unlearning_gain + trigger_gain - self.weights.clean_fidelity * divergence,
+        triggered = data.normalise(clues.trigger(others if len(others) else data.images))
+        self._engines = {
+            "pruned": Engine(model, data.inputs),
+            "unlearned": Engine(clues.unlearned, data.inputs),
+            "triggered": Engine(model, triggered),
         }
+        self._original = self._engines["pruned"].logits(self.all_kept)
+        self._effects: dict[bytes, dict[str, Tensor]] = {}
+
+    def outputs(self, logits: Mapping[str, Tensor]) -> Outputs:
+        """Logits by place ("pruned", "unlearned", "triggered"), joined with what no mask changes."""
+        trigger = self.clues.trigger
+        return Outputs(self.data.labels, self._original, **logits, target=trigger.target, trust=trigger.trust)
+
+    def effects(self, mask: KeepMask) -> dict[str, Tensor]:
+        """First-order change of each weighted term when one more unit is pruned, (N,) each; one sensitivity pass.
+
+        `score` is their sum, the estimated change of the potential; 0 for units that `mask` prunes already.
+        """
+        if mask.key not in self._effects:
+            self.evaluations += 1
+            with masked(self.model, mask), masked(self.clues.unlearned, mask):
+                plain = {place: engine.logits(self.all_kept) for place, engine in self._engines.items()}
+                effects = {
+                    name: getattr(self.weights, name) * self._term_effects(name, place, plain)
+                    for name, place in PLACES.items()
+                }
+            self._effects[mask.key] = {**effects, "score": torch.stack([*effects.values()]).sum(0)}
+        return self._effects[mask.key]
+
+    def _term_effects(self, name: str, place: str, plain: Mapping[str, Tensor]) -> Tensor:
+        engine = self._engines[place]
+        return first_order_effects(
+            engine.model, self.index, engine.inputs, lambda logits: TERMS[name](self.outputs({**plain, place: logits}))
+        )
 
     def score(self, mask: KeepMask) -> Score:
         """The worth of `mask`; non-finite outputs count as the lowest finite number."""
         if mask.key not in self.scores:
             self.evaluations += 1
-            outputs = self.outputs(*(engine.logits(mask) for engine in self._engines))
+            outputs = self.outputs({place: engine.logits(mask) for place, engine in self._engines.items()})
             terms = {name: _finite(float(term(outputs))) for name, term in TERMS.items()}
             total = sum(getattr(self.weights, name) * value for name, value in terms.items())
             self.scores[mask.key] = (mask, Score(total, terms))

@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import envs as envs  # registers onp/NeuronPruning-v0
+
 if TYPE_CHECKING:
     from onp.data import DefenceData as DefenceData
     from onp.inputs import load_defence_data as load_defence_data

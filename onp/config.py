@@ -48,9 +48,9 @@ class RewardConfig:
 
     clean_accuracy: float = 1.0
     """weight of clean accuracy, per accuracy fraction"""
-    clean_fidelity: float = 6.0
+    clean_fidelity: float = 15.0
     """weight of minus the KL divergence of clean outputs from the original's, per nat"""
-    unlearning: float = 0.3
+    unlearning: float = 0.1
     """weight of minus the log cross-entropy of the unlearned copy under the same mask"""
     trigger_resistance: float = 0.3
     """weight of minus the log success of the recovered trigger, times the trust in it"""
@@ -83,9 +83,9 @@ class AgentConfig:
     """graph attention layers"""
     learning_rate: float = 2e-3
     """step size of Adam"""
-    n_steps: int = 64
+    n_steps: int = 32
     """environment steps between two updates"""
-    batch_size: int = 32
+    batch_size: int = 16
     """steps per gradient step"""
     n_epochs: int = 5
     """passes over the steps of an update"""

@@ -11,8 +11,7 @@ outgoing strengths for units without kernels (`batch_norm`, `linear_input`), lim
 | `gamma`                                  | absolute batch-norm weight, 0 without batch-norm               | layer    |
 | `incoming_strength`, `outgoing_strength` | L2 norm of the L1 norms of its kernels; of those that read it  | layer    |
 | `weight_change`                          | `unlearning_signal`, 0 without an unlearned copy               | layer    |
-| `first_order_...` (see `EFFECTS`)        | first-order effects of pruning the unit, 0 where not given     | network  |
-| `prior`                                  | -log(1 + number of units with a higher `first_order_score`)    | as it is |
+| `effect_...` (see `EFFECTS`)             | first-order effects of pruning the unit, 0 where not given     | network  |
 | `position`                               | number of the layer, from 0 (first) to 1 (last)                | as it is |
 | `kind_conv`, ..., `kind_linear_input`    | one-hot `UnitLayer.kind`                                       | as it is |
 
@@ -36,14 +35,11 @@ from onp.errors import ConfigError
 from onp.units import KINDS, Reads, UnitIndex, UnitLayer
 
 ACTIVATIONS = ("activation_mean", "activation_std", "activation_positive", "activation_max")
-EFFECTS = (
-    "first_order_score", "first_order_clean_loss", "first_order_divergence",
-    "first_order_unlearning", "first_order_trigger",
-)  # fmt: skip
-"""effects that `build_graph` takes"""
+EFFECTS = ("score", "clean_fidelity", "unlearning", "trigger_resistance", "clean_loss")
+"""effects that `build_graph` takes: on the potential, on its terms, on the clean cross-entropy"""
 FEATURES: tuple[str, ...] = (
     *ACTIVATIONS, "gamma", "incoming_strength", "outgoing_strength", "weight_change",
-    *EFFECTS, "prior", "position", *(f"kind_{kind}" for kind in KINDS),
+    *(f"effect_{effect}" for effect in EFFECTS), "position", *(f"kind_{kind}" for kind in KINDS),
 )  # fmt: skip
 """node features: the columns of `Data.x`"""
 EDGE_FEATURES: tuple[str, ...] = ("weight", "similarity", "backward")
@@ -263,10 +259,7 @@ def _features(
             columns[name] = torch.cat([_standardise(values[layer.units]) for layer in index])
     for name in EFFECTS:
         effect = _finite(effects.get(name, torch.zeros(n)))
-        columns[name] = effect / effect.square().mean().sqrt().clamp(min=1e-30)
-    score = columns["first_order_score"]
-    higher = n - torch.searchsorted(score.sort().values, score, right=True)
-    columns["prior"] = -torch.log1p(higher) if "first_order_score" in effects else torch.zeros(n)
+        columns[f"effect_{name}"] = effect / effect.square().mean().sqrt().clamp(min=1e-30)
     columns["position"] = index.layer_of / max(1, len(index.layers) - 1)
     for kind in KINDS:
         columns[f"kind_{kind}"] = torch.tensor([layer.kind == kind for layer in index])[index.layer_of]

@@ -44,7 +44,7 @@ def draw(config: GraphCommandConfig) -> None:
     check_network(inputs.model, data)
     pruned = _pruned(config.mask, index)
     unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model
-    effects = {"first_order_clean_loss": loss_effects(inputs.model, index, data)}
+    effects = {"clean_loss": loss_effects(inputs.model, index, data)}
     graph = to_networkx(build_graph(index, inputs.model, data.inputs, unlearned, effects, config.graph), index)
     write_atomically(config.out / "graph.graphml", lambda temporary: nx.write_graphml(graph, temporary))
     write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))

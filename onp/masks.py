@@ -62,6 +62,12 @@ class KeepMask:
             masks.append(masks[-1].without([unit]))
         return masks
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeepMask) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
     @property
     def units_pruned(self) -> int:
         return int((~self.keep).sum())

@@ -26,7 +26,7 @@ from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
-from onp.errors import DataError, ModelError
+from onp.errors import ConfigError, DataError, ModelError
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
 
@@ -39,6 +39,15 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class PurifyConfig:
     """Settings of the job; the same for every network."""
+
+    def __post_init__(self) -> None:
+        least = 4 * (self.env.max_steps + 1)
+        if self.budget < least:
+            raise ConfigError(
+                f"--budget {self.budget}: expected at least {least}, two episodes of --env.max-steps {self.env.max_steps}"
+            )
+        if self.finalists < 1:
+            raise ConfigError(f"--finalists {self.finalists}: expected at least 1")
 
     seed: int = 0
     """seed of everything random"""
@@ -109,7 +118,8 @@ class Purification:
         config = self.config
         monitored: gym.Env[Any, Any] = Monitor(env)
         agent = build_agent(monitored, config.agent, config.seed, self.log_dir)
-        curve = train_agent(agent, config.agent, max(1, config.budget - config.env.max_steps), report)
+        # A step costs a mask and a sensitivity pass; the last episode, the learned policy's own, is paid in advance.
+        curve = train_agent(agent, config.agent, config.budget - 2 * (config.env.max_steps + 1), report)
         roll_out(agent, monitored)
         return curve, agent
 

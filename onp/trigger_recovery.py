@@ -91,7 +91,7 @@ def _optimise(
         hits = (logits.argmax(1) == targets).float().view(classes, -1).mean(1)
         success = hits if step == 0 else 0.8 * success + 0.2 * hits
         with torch.no_grad():
-            better = (success >= 0.95) & (sizes < best_size)
+            better = (torch.minimum(success, hits) >= 0.95) & (sizes < best_size)
             best_size = torch.where(better, sizes, best_size)
             best_mask[better], best_pattern[better] = masks[better], patterns[better]
             if step % 5 == 4:

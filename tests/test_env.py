@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env as gymnasium_check
+from gymnasium.utils import env_checker
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.env_checker import check_env as sb3_check
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, 
         "clean_accuracy": float((after.argmax(1) == labels).mean()),
         "clean_fidelity": -float((before * np.log(before / after)).sum(1).mean()),
         "unlearning": -math.log(max(cross_entropy, 0.5 * math.log(3))),
-        "trigger_resistance": -0.5 * math.log(max(success, 0.01)),
+        "trigger_resistance": -0.5 * math.log(max(success, 0.001)),
     }
 
 
@@ -147,14 +147,12 @@ def test_gymnasium_makes_the_environment(data: DefenceData, name: str) -> None:
 
 @pytest.mark.filterwarnings(UNBOUNDED)
 def test_gymnasiums_checker_accepts_it(data: DefenceData) -> None:
-    gymnasium_check(made(data).unwrapped)
+    env_checker.check_env(made(data).unwrapped)
 
 
 @pytest.mark.filterwarnings(UNBOUNDED)
 def test_steps_are_deterministic_for_gymnasiums_checker(data: DefenceData, clues: Clues) -> None:
     """As `check_env` tests it (infos included), without a registered environment."""
-    from gymnasium.utils import env_checker
-
     env = make_env(data, clues)
     env_checker.check_reset_return_type(env)
     env_checker.check_reset_seed_determinism(env)

@@ -1,0 +1,263 @@
+"""Bad inputs: exit code 2, one line that says what is wrong, no traceback, and no run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+from onp.commands import run_command
+from onp.train import TrainConfig, train
+
+NETWORK = """
+from torch import nn
+
+def good():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+def wider():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3))
+
+def deeper():
+    return nn.Sequential(*good(), nn.ReLU(), nn.Linear(3, 3))
+
+def raising():
+    raise RuntimeError("first line\\nsecond line")
+
+def not_a_network():
+    return 3
+"""
+
+
+def write_images(folder: Path, classes: int, per_class: int = 2) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(per_class):
+            pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good inputs and, beside them, bad ones."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "network.py").write_text(NETWORK)
+    (folder / "broken.py").write_text("def good(:\n")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / "good.safetensors")
+    weights["4.weight"][1, 7] = float("nan")
+    safetensors.torch.save_file(weights, folder / "nan.safetensors")
+    (folder / "text.pth").write_text("no weights\n")
+    for split in ("train", "test"):
+        write_images(folder / "images" / split, 3)
+        write_images(folder / "more_classes" / split, 4)
+    write_images(folder / "untested" / "train", 3)
+    (folder / "no_images" / "train" / "class0").mkdir(parents=True)
+    (folder / "no_classes" / "train").mkdir(parents=True)
+    (folder / "no_train").mkdir()
+    write_images(folder / "truncated" / "train", 3)
+    picture = folder / "truncated" / "train" / "class0" / "0.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+    Image.new("RGB", (8, 8), "white").save(folder / "patch.png")
+    Image.new("RGB", (9, 9), "white").save(folder / "large.png")
+    specifications = {
+        "trigger": '{"target": 1, "mode": "add", "pattern": "patch.png"}',
+        "out_of_range": '{"target": 3, "mode": "add", "pattern": "patch.png"}',
+        "negative": '{"target": -1, "mode": "add", "pattern": "patch.png"}',
+        "no_pattern": '{"target": 1, "mode": "add", "pattern": "absent.png"}',
+        "large_pattern": '{"target": 1, "mode": "add", "pattern": "large.png"}',
+        "no_json": "{",
+        "list": "[]",
+    }
+    for name, text in specifications.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def arguments(inputs: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """A good command line with some options replaced; `{}` stands for the folder of the inputs."""
+
+    def make(changes: str) -> list[str]:
+        options = {
+            "--model": f"{inputs}/network.py:good",
+            "--checkpoint": f"{inputs}/good.safetensors",
+            "--data": f"{inputs}/images",
+            "--defence-size": "6",
+            "--run-dir": str(tmp_path / "run"),
+            "--budget": "6",
+            "--env.max-steps": "2",
+            "--env.recovery.steps": "2",
+            "--env.unlearn.max-epochs": "1",
+            "--rnp.unlearn.max-epochs": "1",
+            "--rnp.recover.epochs": "1",
+            "--threads": "1",
+        }
+        words = changes.replace("{}", str(inputs)).split()
+        while words:
+            name = words.pop(0)
+            options[name] = words.pop(0)
+        return [part for name, value in options.items() for part in (name, *value.split(","))]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(options: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of the command, inside this process."""
+    err = io.StringIO()
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["onp.train", *options])
+        with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as stop:
+            run_command(TrainConfig, train, "onp.train")
+    torch.set_num_threads(threads)
+    return int(stop.value.code or 0), err.getvalue()
+
+
+def check_one_line(code: int, err: str, words: str) -> None:
+    assert code == 2, err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert all(word in err for word in words.split()), err
+
+
+BAD = [
+    ("--checkpoint {}/absent.pth", "absent.pth"),
+    ("--checkpoint {}", "checkpoint"),
+    ("--checkpoint {}/text.pth", "text.pth weights"),
+    ("--data {}/absent", "absent train/CLASS/IMAGE"),
+    ("--data {}/no_train", "no_train train/CLASS/IMAGE"),
+    ("--data {}/no_images", "no_images"),
+    ("--data {}/no_classes", "no_classes"),
+    ("--data {}/truncated", "0.png"),
+    ("--model resnet_of_dreams", "resnet_of_dreams"),
+    ("--model {}/absent.py:good", "absent.py"),
+    ("--model {}/network.py:absent", "absent"),
+    ("--model {}/network.py:raising", "RuntimeError first second"),
+    ("--model {}/network.py:not_a_network", "int"),
+    ("--model {}/broken.py:good", "SyntaxError"),
+    ("--model {}/network.py:wider", "good.safetensors 0.weight"),
+    ("--model {}/network.py:deeper", "good.safetensors missing"),
+    ("--model wide_resnet16_1", "good.safetensors keys"),
+    ("--data {}/more_classes", "4 classes 3 outputs"),
+    ("--defence-size 0", "--defence-size 0"),
+    ("--defence-size -1", "--defence-size -1"),
+    ("--defence-size 7", "--defence-size 7 6"),
+    ("--checkpoint {}/nan.safetensors", "NaN 4.weight"),
+    ("--image-size 9", "(3, 9, 9)"),
+    ("--trigger {}/out_of_range.json", "out_of_range.json target 3"),
+    ("--trigger {}/negative.json", "negative.json target -1"),
+    ("--trigger {}/absent.json", "absent.json"),
+    ("--trigger {}", "trigger"),
+    ("--trigger {}/no_pattern.json", "absent.png"),
+    ("--trigger {}/large_pattern.json", "large.png (3, 9, 9)"),
+    ("--trigger {}/no_json.json", "no_json.json"),
+    ("--trigger {}/list.json", "list.json"),
+    ("--trigger {}/trigger.json --data {}/untested", "--trigger test/"),
+    ("--mean 0.5,0.5,0.5", "--mean --std"),
+    ("--std 0.5,0.5,0.5", "--mean --std"),
+    ("--mean 0.5,0.5,0.5 --std 1,1,0", "std"),
+    ("--mean 0.5,0.5 --std 1,1", "--mean 2 3"),
+    ("--device warp", "warp cpu"),
+    ("--device cuda:99", "cuda:99 cpu"),
+    ("--threads -1", "--threads -1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD)
+def test_bad_inputs(arguments: Callable[[str], list[str]], tmp_path: Path, changes: str, words: str) -> None:
+    code, err = call(arguments(changes))
+    check_one_line(code, err, words)
+    assert list(tmp_path.iterdir()) == [], "the command left something behind"
+
+
+def test_the_good_command_line_is_good(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:
+    """Else the errors above might come from what they have in common."""
+    code, err = call(arguments("--trigger {}/trigger.json"))
+    assert (code, err) == (0, "")
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+def test_the_real_command(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:
+    """Two processes side by side, since each takes seconds to import what it needs."""
+    cases = {"--data {}/absent": "absent", "--model {}/network.py:raising": "first second"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "onp.train", *arguments(changes)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for changes in cases
+    ]  # fmt: skip
+    for process, words in zip(processes, cases.values(), strict=True):
+        _, err = process.communicate(timeout=60)
+        check_one_line(process.returncode, err, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the run folder itself ------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_else(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "diary.txt").write_text("mine")
+    code, err = call(arguments(""))
+    check_one_line(code, err, "--run-dir")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_file_in_place_of_the_run_folder(arguments: Callable[[str], list[str]], tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, err = call(arguments(f"--run-dir {tmp_path}/file{below}"))
+    check_one_line(code, err, "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"options": 3}'])
+def test_a_damaged_record(arguments: Callable[[str], list[str]], tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    code, err = call(arguments(""))
+    check_one_line(code, err, "config.json")
+    assert (tmp_path / "run" / "config.json").read_text() == text
+
+
+# --- the demonstration, where there is no checkpoint ----------------------------------------------------------
+
+
+def no_training(*arguments: object, **options: object) -> None:
+    raise AssertionError("a network is trained before the options are checked")
+
+
+@pytest.mark.parametrize("changes", ["--defence-size 0", "--defence-size 99999", "--mean 0.5"])
+def test_bad_options_of_the_demonstration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: str) -> None:
+    monkeypatch.setattr("onp.attacks.make.make_backdoored_model", no_training)
+    code, err = call([*changes.split(), "--run-dir", str(tmp_path / "run"), "--threads", "1"])
+    check_one_line(code, err, changes.split()[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_needs_a_checkpoint(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:
+    options = arguments("")
+    place = options.index("--checkpoint")
+    code, err = call(options[:place] + options[place + 2 :])
+    check_one_line(code, err, "--checkpoint")
+    assert list(tmp_path.iterdir()) == []

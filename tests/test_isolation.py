@@ -1,0 +1,134 @@
+"""The defending path never loads what makes triggers: `onp.attacks` is for test models and for judging."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+NETWORK = """
+from torch import nn
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+"""
+PURIFY = """
+import runpy, torch
+from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.data import DefenceData
+from onp.purify import METHODS, Purification, PurifyConfig, purify
+
+torch.manual_seed(0)
+network = runpy.run_path("network.py")["tiny"]()
+data = DefenceData(torch.rand(12, 3, 8, 8), torch.arange(12) % 3, 3)
+env = EnvConfig(max_steps=2, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
+config = PurifyConfig(budget=6, env=env)
+report("result", purify(network, data, config).results["onp"].reward_evaluations)
+report("results", [Purification(network, data, config).run(method).reward_evaluations for method in METHODS])
+"""
+COMMAND = """
+import runpy, sys
+
+sys.argv = ["onp.train", *{arguments}]
+try:
+    runpy.run_module("onp.train", run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    report("code", stop.code)
+"""
+REPORT = """
+import json, sys
+
+def report(name, value):
+    with open("modules.jsonl", "a") as file:
+        modules = sorted(module for module in sys.modules if module.split(".")[0] == "onp")
+        file.write(json.dumps([name, value, modules]) + "\\n")
+"""
+
+
+def loaded_by(folder: Path, script: str) -> dict[str, tuple[object, set[str]]]:
+    """Run `script` in a process of its own: for every `report(name, value)`, the value and our modules loaded by then."""
+    (folder / "modules.jsonl").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT + script], cwd=folder,
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = map(json.loads, (folder / "modules.jsonl").read_text().splitlines())
+    return {name: (value, set(modules)) for name, value, modules in records}
+
+
+def attacks(modules: set[str]) -> set[str]:
+    return {name for name in modules if name == "onp.attacks" or name.startswith("onp.attacks.")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny network, a tiny image folder and a trigger."""
+    (tmp_path / "network.py").write_text(NETWORK)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    for split in ("train", "test"):
+        for number in range(12):
+            path = tmp_path / "images" / split / f"class{number % 3}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()).save(path)
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "patch.png")
+    (tmp_path / "trigger.json").write_text('{"target": 1, "mode": "add", "pattern": "patch.png"}')
+    return tmp_path
+
+
+def command(*extra: str) -> str:
+    small = [
+        "--budget",
+        "6",
+        "--env.max-steps",
+        "2",
+        "--env.recovery.steps",
+        "2",
+        "--env.unlearn.max-epochs",
+        "1",
+        "--threads",
+        "1",
+    ]
+    inputs = [
+        "--model",
+        "network.py:tiny",
+        "--checkpoint",
+        "weights.safetensors",
+        "--data",
+        "images",
+        "--defence-size",
+        "9",
+    ]
+    return COMMAND.format(arguments=[*inputs, *small, "--run-dir", "run", *extra])
+
+
+def test_defending_never_imports_the_attacks(folder: Path) -> None:
+    loaded = loaded_by(folder, PURIFY + command())
+    for name in ("result", "results"):
+        modules = loaded[name][1]
+        assert {"onp.purify", "onp.units", "onp.trigger_recovery"} <= modules, "nothing was run"
+        assert attacks(modules) == set()
+        assert not modules & {"onp.judge", "onp.report"}, "the defending path imports what sees test images"
+    code, modules = loaded["code"]
+    assert code == 0 and (folder / "run" / "report.json").is_file()
+    assert {"onp.judge", "onp.report"} <= modules
+    assert attacks(modules) == set()
+
+
+def test_the_check_would_notice(folder: Path) -> None:
+    """Negative controls: a direct import, and the same command with a trigger to judge with."""
+    loaded = loaded_by(folder, "import onp.attacks\nreport('import', 0)\n" + command("--trigger", "trigger.json"))
+    assert attacks(loaded["import"][1]) == {"onp.attacks"}
+    code, modules = loaded["code"]
+    assert code == 0
+    assert "onp.attacks.triggers" in attacks(modules)
