@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from onp.checkpoints import load_checkpoint
 from onp.data import (
@@ -16,8 +17,10 @@ from onp.data import (
     ImageDataset,
     Normalisation,
     Split,
+    balanced_order,
     class_count,
     draw_defence_data,
+    labels_of,
     load_dataset,
 )
 from onp.errors import ConfigError, DataError
@@ -110,6 +113,13 @@ class Inputs:
         config = self.config
         data = draw_defence_data(dataset, config.defence_size, self.classes, config.normalisation, config.seed)
         return data.to(self.device)
+
+    def attacker_dataset(self) -> ImageDataset:
+        """The training images that `defence_data` leaves: what a test model of ours is trained on."""
+        dataset = self.dataset("train")
+        assert dataset is not None
+        order = balanced_order(torch.tensor(labels_of(dataset)), self.config.seed)
+        return Subset(dataset, order[self.config.defence_size :].tolist())
 
     @property
     def device(self) -> torch.device:

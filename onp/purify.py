@@ -24,6 +24,7 @@ from agents.search import SEARCHES
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
 from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
+from onp.checkpoints import load_checkpoint
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.errors import ConfigError, DataError, ModelError
@@ -44,7 +45,7 @@ class PurifyConfig:
         least = 4 * (self.env.max_steps + 1)
         if self.budget < least:
             raise ConfigError(
-                f"--budget {self.budget}: expected at least {least}, two episodes of --env.max-steps {self.env.max_steps}"
+                f"--budget {self.budget}: expected at least {least}, two episodes of {self.env.max_steps} steps"
             )
         if self.finalists < 1:
             raise ConfigError(f"--finalists {self.finalists}: expected at least 1")
@@ -55,6 +56,8 @@ class PurifyConfig:
     """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, and sensitivity passes"""
     finalists: int = 16
     """best masks on the search half of the defence data that compete on the held-out half for being the final one"""
+    policy: Path | None = None
+    """policy.safetensors of another run, of any network, for the agent to start from"""
     env: EnvConfig = field(default_factory=EnvConfig)
     """environment and reward"""
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -118,6 +121,8 @@ class Purification:
         config = self.config
         monitored: gym.Env[Any, Any] = Monitor(env)
         agent = build_agent(monitored, config.agent, config.seed, self.log_dir)
+        if config.policy is not None:
+            load_checkpoint(agent.policy, config.policy)
         # A step costs a mask and a sensitivity pass; the last episode, the learned policy's own, is paid in advance.
         curve = train_agent(agent, config.agent, config.budget - 2 * (config.env.max_steps + 1), report)
         roll_out(agent, monitored)

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,7 +18,7 @@ from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
 from onp.purify import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
-from onp.run_folder import RunFolder, patient, trigger_path
+from onp.run_folder import RunFolder, patient, trigger_path, write_json
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,15 @@ def _defend(folder: RunFolder, purification: Purification) -> None:
         pending = [method for method in METHODS if not folder.has(method)]
         if any(method != "rnp" for method in pending):
             task = progress.add_task("finding clues", total=1)
-            _ = purification.timed_clues
+            trigger = purification.timed_clues[0].trigger
+            write_json(
+                folder.file("clues.json"),
+                {
+                    "suspect_class": trigger.target,
+                    "trust": trigger.trust,
+                    "trigger_sizes": [size if isfinite(size) else None for size in trigger.sizes],
+                },
+            )
             progress.update(task, completed=1)
         for method in pending:
             total = 1 if method == "rnp" else purification.config.budget
@@ -108,15 +117,15 @@ def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: i
 def _facts(inputs: Inputs, folder: RunFolder, purification: Purification) -> dict[str, object]:
     config = inputs.config
     checkpoint = config.checkpoint
-    clues = purification.timed_clues[0]
+    clues = json.loads(folder.file("clues.json").read_text())
     return {
         "model": config.model,
         "checkpoint": checkpoint.name if checkpoint else None,
         "checkpoint_sha256": sha256(checkpoint) if checkpoint else None,
         "defence_images": len(purification.data),
         "units": len(purification.index),
-        "suspect_class": clues.trigger.target,
-        "trust_in_suspect_class": round(clues.trigger.trust, 3),
+        "suspect_class": clues["suspect_class"],
+        "trust_in_suspect_class": clues["trust"],
         "seed": config.seed,
         "device": config.device,
         "threads": config.threads,

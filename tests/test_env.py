@@ -20,16 +20,15 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from torch import Tensor, nn
 
 import envs  # noqa: F401 (registers the environment)
-from envs.pruning import PruningEnv, find_clues
+from envs.pruning import LIMIT, PruningEnv, find_clues
 from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData, Normalisation
+from onp.graph import EFFECTS
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger
 
 REWARD = RewardConfig(clean_accuracy=0.7, clean_fidelity=2.0, unlearning=0.5, trigger_resistance=0.4)
-UNBOUNDED = "ignore:.*A Box observation space m..imum value is .?infinity:UserWarning"
-"""gained potential has no bound"""
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +109,7 @@ def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, 
         "clean_accuracy": float((after.argmax(1) == labels).mean()),
         "clean_fidelity": -float((before * np.log(before / after)).sum(1).mean()),
         "unlearning": -math.log(max(cross_entropy, 0.5 * math.log(3))),
-        "trigger_resistance": -0.5 * math.log(max(success, 0.001)),
+        "trigger_resistance": -0.5 * math.log(max(success, 1e-4)),
     }
 
 
@@ -122,9 +121,10 @@ def potential_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> float:
 # --- interface ------------------------------------------------------------------------------------------
 
 
-def test_importing_the_package_registers_the_environment_and_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("package", ["envs", "onp"])
+def test_importing_a_package_registers_the_environment_and_imports_nothing_heavy(package: str) -> None:
     script = (
-        "import sys, gymnasium, envs\n"
+        f"import sys, gymnasium, {package}\n"
         "assert 'onp/NeuronPruning-v0' in gymnasium.registry, 'not registered'\n"
         "heavy = {'torch', 'torch_geometric', 'stable_baselines3', 'envs.pruning', 'onp.units'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -145,12 +145,10 @@ def test_gymnasium_makes_the_environment(data: DefenceData, name: str) -> None:
     assert env.unwrapped.graph.x.shape[0] == 23
 
 
-@pytest.mark.filterwarnings(UNBOUNDED)
 def test_gymnasiums_checker_accepts_it(data: DefenceData) -> None:
     env_checker.check_env(made(data).unwrapped)
 
 
-@pytest.mark.filterwarnings(UNBOUNDED)
 def test_steps_are_deterministic_for_gymnasiums_checker(data: DefenceData, clues: Clues) -> None:
     """As `check_env` tests it (infos included), without a registered environment."""
     env = make_env(data, clues)
@@ -159,7 +157,6 @@ def test_steps_are_deterministic_for_gymnasiums_checker(data: DefenceData, clues
     env_checker.check_step_determinism(env)
 
 
-@pytest.mark.filterwarnings(UNBOUNDED)
 def test_stable_baselines_checker_accepts_it(data: DefenceData, clues: Clues) -> None:
     sb3_check(make_env(data, clues))
 
@@ -270,6 +267,77 @@ def test_action_mask_shows_what_is_valid(data: DefenceData, clues: Clues) -> Non
     assert env.observation_space.contains(observation)
 
 
+def test_prune_leaves_masks_and_the_episode_alone(data: DefenceData, clues: Clues) -> None:
+    for settings, expected in (({}, [4, 9]), ({"prune_groups": True}, [1, 4, 9])):
+        env = make_env(data, clues, **settings)
+        env.reset()
+        given = env.objective.all_kept.without([9])
+        assert (~env.prune(given, 4).keep).nonzero().flatten().tolist() == expected
+        assert given == env.objective.all_kept.without([9])
+        assert env.mask == env.objective.all_kept
+
+
+# --- effects --------------------------------------------------------------------------------------------
+
+
+def test_observed_effects_are_those_of_the_current_mask(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    observation, _ = env.reset()
+    assert set(env.effects) == set(EFFECTS)
+    assert np.array_equal(observation["effects"], env.effects["score"].numpy())
+    mask, seen = env.objective.all_kept, [observation["effects"]]
+    for unit in (int(seen[0].argmax()), 9, 3):
+        observation, *_ = env.step(unit)
+        mask = mask.without([unit])
+        now = Objective(env.objective.model, clues, env.index, data, REWARD).effects(mask)["score"]  # nothing memoised
+        assert observation["effects"].dtype == np.float32 and observation["effects"].shape == (len(env.index),)
+        assert np.array_equal(observation["effects"], now.numpy())
+        assert (observation["effects"][~mask.keep.numpy()] == 0).all()
+        assert not any(np.allclose(observation["effects"], before, atol=1e-4) for before in seen)
+        assert env.observation_space.contains(observation)
+        seen.append(observation["effects"])
+
+
+def test_effects_of_all_kept_by_hand(data: DefenceData, clues: Clues) -> None:
+    """Each unit's gates shrunk a little, in double precision; clean fidelity is at its maximum, so it has no slope."""
+    env, eps = make_env(data, clues), 1e-5
+    inputs = data.inputs.double()
+
+    def loss(model: nn.Module, name: str, axis: int, unit: int, factor: float) -> float:
+        model = copy.deepcopy(model).double()
+        with torch.no_grad():
+            model.get_parameter(name).select(axis, unit).mul_(factor)
+            return float(nn.functional.cross_entropy(model(inputs), data.labels))
+
+    for layer in env.index:
+        for unit in range(layer.size):
+            for effect, model in (("clean_loss", TinyNet()), ("unlearning", clues.unlearned)):
+                slope = sum(
+                    (loss(model, *gate, unit, 1 - eps) - loss(model, *gate, unit, 1 + eps)) / (2 * eps)
+                    for gate in layer.gates
+                )
+                if effect == "unlearning":
+                    with torch.no_grad():
+                        worst = float(nn.functional.cross_entropy(clues.unlearned(data.inputs), data.labels))
+                    slope *= -REWARD.unlearning / worst
+                found = float(env.effects[effect][layer.offset + unit])
+                assert found == pytest.approx(slope, abs=1e-4, rel=1e-3), (effect, layer.name, unit)
+    assert float(env.effects["clean_fidelity"].abs().max()) < 1e-5
+
+
+def test_observations_stay_in_their_finite_space(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, reward=RewardConfig(unlearning=1e12))
+    boxes = [space for space in env.observation_space.values() if isinstance(space, gym.spaces.Box)]  # type: ignore[attr-defined]
+    assert len(boxes) == 2
+    assert all(np.isfinite(box.low).all() and np.isfinite(box.high).all() for box in boxes)
+    observation, _ = env.reset()
+    assert float(np.abs(observation["effects"]).max()) == LIMIT
+    for unit in (0, 9, 20):
+        assert env.observation_space.contains(observation)
+        observation, *_ = env.step(unit)
+    assert abs(float(observation["progress"][1])) == LIMIT
+
+
 # --- bookkeeping ----------------------------------------------------------------------------------------
 
 
@@ -282,8 +350,14 @@ def test_evaluations_count_distinct_masks_and_sensitivity_passes(data: DefenceDa
     env.reset()
     for action in (9, 3, 10, env.stop_action):  # {9} is new, {3, 9} is known, {3, 9, 10} is new
         counts.append(env.step(action)[4]["reward_evaluations"])
-    assert counts == [5, 6, 6, 7, 8, 8, 9, 9]  # 4 sensitivity passes and the mask that keeps all
-    assert env.objective.sensitivity().keys() == env.effects.keys()
+    # All kept: its score, its effects, and those on the clean loss; then two for every mask that is new.
+    assert counts == [3, 5, 5, 7, 9, 9, 11, 11]
+    env.objective.effects(env.mask)
+    env.objective.score(env.mask)
+    assert env.reward_evaluations == 11
+    env.objective.score(env.prune(env.mask, 12))
+    assert env.reward_evaluations == 12
+    env.objective.effects(env.prune(env.mask, 12))
     assert env.reward_evaluations == 13
 
 

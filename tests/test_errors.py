@@ -98,7 +98,7 @@ def arguments(inputs: Path, tmp_path: Path) -> Callable[[str], list[str]]:
             "--data": f"{inputs}/images",
             "--defence-size": "6",
             "--run-dir": str(tmp_path / "run"),
-            "--budget": "6",
+            "--budget": "24",
             "--env.max-steps": "2",
             "--env.recovery.steps": "2",
             "--env.unlearn.max-epochs": "1",
@@ -179,6 +179,10 @@ BAD = [
     ("--device warp", "warp cpu"),
     ("--device cuda:99", "cuda:99 cpu"),
     ("--threads -1", "--threads -1"),
+    ("--budget 3", "--budget 3"),
+    ("--finalists 0", "--finalists 0"),
+    ("--policy {}/absent.safetensors", "absent.safetensors"),
+    ("--policy {}/good.safetensors", "good.safetensors"),
 ]
 
 
@@ -206,8 +210,8 @@ def test_the_real_command(arguments: Callable[[str], list[str]], tmp_path: Path)
         )
         for changes in cases
     ]  # fmt: skip
-    for process, words in zip(processes, cases.values(), strict=True):
-        _, err = process.communicate(timeout=60)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    for process, err, words in zip(processes, errors, cases.values(), strict=True):
         check_one_line(process.returncode, err, words)
     assert list(tmp_path.iterdir()) == []
 

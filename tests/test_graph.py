@@ -18,6 +18,7 @@ from onp import graph as graph_module
 from onp.drawing import draw_graph
 from onp.errors import ConfigError
 from onp.graph import (
+    EFFECTS,
     FEATURES,
     GraphConfig,
     activation_statistics,
@@ -114,7 +115,7 @@ def test_max_neighbours_keeps_the_most_similar() -> None:
 def test_one_input_channel_gives_no_similarity_edges() -> None:
     model = build_model("small_cnn", 1, 10)
     found = edges(graph_of(model, (1, 8, 8), similarity_threshold=0.0), similar=True)
-    assert found and min(min(pair) for pair in found) >= 32
+    assert found and min(min(pair) for pair in found) >= 64
 
 
 def test_connectivity_runs_both_ways_with_strengths_over_the_greatest() -> None:
@@ -163,12 +164,12 @@ def test_wide_layers_compare_only_the_strongest_connections(monkeypatch: pytest.
     model = build_model("small_cnn", 3, 10)
     monkeypatch.setattr(graph_module, "_SIMILARITY_BUDGET", 1)
     found = edges(graph_of(model, (3, 8, 8), similarity_threshold=0.0), True)
-    strengths = connection_strengths(model.get_submodule("features.3"))
+    strengths = connection_strengths(model.get_submodule("features.4"))
     strengths = strengths[:, strengths.square().sum(0).argsort(descending=True)[:2]]
-    assert len(found) > 64
+    assert len(found) > 128
     for (a, b), weight in found.items():
-        if 32 <= a < 96:
-            cosine = torch.cosine_similarity(strengths[a - 32], strengths[b - 32], 0)
+        if 64 <= a < 192:
+            cosine = torch.cosine_similarity(strengths[a - 64], strengths[b - 64], 0)
             assert weight == pytest.approx(float(cosine), abs=1e-5)
 
 
@@ -199,20 +200,18 @@ def test_features_by_hand() -> None:
     model = chain(FIRST, SECOND)
     index = index_units(model, (1, 1, 2))
     score = torch.tensor([0.0, 3.0, 1.0, 3.0, -1.0, 0.0])
-    graph = build_graph(index, model, torch.ones(2, 1, 1, 2), None, {"first_order_score": score})
+    graph = build_graph(index, model, torch.ones(2, 1, 1, 2), None, {"score": score})
     assert graph.x.shape == (6, len(FEATURES)) and graph.x.dtype == torch.float32
     assert graph.layer.tolist() == [0, 0, 0, 0, 1, 1] and graph.feature_names == list(FEATURES)
     assert column(graph, "outgoing_strength")[:4].tolist() == pytest.approx(
         [(strength - 2.5) / math.sqrt(1.25) for strength in (4, 2, 3, 1)]
     )
     assert column(graph, "incoming_strength")[4:].tolist() == pytest.approx([1.0, -1.0])
-    ranks = [3, 0, 2, 0, 5, 3]
-    assert column(graph, "prior").tolist() == pytest.approx([-math.log(1 + rank) for rank in ranks])
     root_mean_square = math.sqrt(20 / 6)
-    assert column(graph, "first_order_score").tolist() == pytest.approx((score / root_mean_square).tolist())
+    assert column(graph, "effect_score").tolist() == pytest.approx((score / root_mean_square).tolist())
     assert column(graph, "position").tolist() == [0, 0, 0, 0, 1, 1]
     assert column(graph, "kind_linear").eq(1).all() and column(graph, "kind_conv").eq(0).all()
-    for feature in ("gamma", "weight_change", "activation_std", "first_order_clean_loss"):
+    for feature in ("gamma", "weight_change", "activation_std", *(f"effect_{name}" for name in EFFECTS[1:])):
         assert column(graph, feature).eq(0).all(), feature
 
 
@@ -240,15 +239,15 @@ def test_features_stay_finite_where_weights_and_effects_are_not() -> None:
     for parameter in broken.parameters():
         parameter.data.fill_(torch.nan)
     index = index_units(model, (1, 8, 8))
-    effects = {"first_order_score": torch.full((160,), torch.inf)}
+    effects = {"score": torch.full((len(index),), torch.inf)}
     assert torch.isfinite(build_graph(index, model, torch.zeros(2, 1, 8, 8), broken, effects).x).all()
 
 
-@pytest.mark.parametrize("effects", [{"first_order_scor": torch.zeros(160)}, {"first_order_score": torch.zeros(3)}])
+@pytest.mark.parametrize("effects", [{"scor": torch.zeros(6)}, {"score": torch.zeros(3)}])
 def test_effects_that_do_not_fit_are_refused(effects: dict[str, Tensor]) -> None:
-    model = build_model("small_cnn", 1, 10)
-    with pytest.raises(ConfigError, match="first_order_score"):
-        build_graph(index_units(model, (1, 8, 8)), model, torch.zeros(2, 1, 8, 8), None, effects)
+    model = chain(FIRST, SECOND)
+    with pytest.raises(ConfigError, match=r"give \(6,\) tensors named score, clean_fidelity"):
+        build_graph(index_units(model, (1, 1, 2)), model, torch.zeros(2, 1, 1, 2), None, effects)
 
 
 def test_permuted_units_permute_the_graph(randomised: Callable[..., nn.Module]) -> None:
@@ -269,9 +268,9 @@ def test_permuted_units_permute_the_graph(randomised: Callable[..., nn.Module]) 
     units = torch.cat([order, torch.arange(12, 37)])  # new number -> old number
     index, inputs, config = index_units(model, (3, 6, 6)), torch.rand(7, 3, 6, 6), GraphConfig(0.9, 0.25, 3, 3)
     score = torch.randn(37)
-    plain = build_graph(index, model, inputs, unlearned, {"first_order_score": score}, config)
+    plain = build_graph(index, model, inputs, unlearned, {"score": score}, config)
     other = build_graph(
-        index, permuted(model), inputs, permuted(unlearned), {"first_order_score": score[units]}, config
+        index, permuted(model), inputs, permuted(unlearned), {"score": score[units]}, config
     )
     torch.testing.assert_close(other.x, plain.x[units])
     for similar, backward in ((True, False), (False, False), (False, True)):
@@ -302,7 +301,7 @@ def test_networkx_graph_survives_graphml(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("pruned", [set(), {0, 40, 159}, set(range(60))])
+@pytest.mark.parametrize("pruned", [set(), {0, 70, 319}, set(range(60))])
 def test_drawing_writes_a_picture(tmp_path: Path, pruned: set[int]) -> None:
     model = build_model("small_cnn", 1, 10)
     exported = to_networkx(graph_of(model, (1, 8, 8)), index_units(model, (1, 8, 8)))

@@ -30,7 +30,7 @@ torch.manual_seed(0)
 network = runpy.run_path("network.py")["tiny"]()
 data = DefenceData(torch.rand(12, 3, 8, 8), torch.arange(12) % 3, 3)
 env = EnvConfig(max_steps=2, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
-config = PurifyConfig(budget=6, env=env)
+config = PurifyConfig(budget=24, env=env)
 report("result", purify(network, data, config).results["onp"].reward_evaluations)
 report("results", [Purification(network, data, config).run(method).reward_evaluations for method in METHODS])
 """
@@ -54,7 +54,7 @@ def report(name, value):
 
 
 def loaded_by(folder: Path, script: str) -> dict[str, tuple[object, set[str]]]:
-    """Run `script` in a process of its own: for every `report(name, value)`, the value and our modules loaded by then."""
+    """For every `report(name, value)` of a script in a process of its own, the value and our modules loaded by then."""
     (folder / "modules.jsonl").unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", REPORT + script], cwd=folder,
@@ -89,7 +89,7 @@ def folder(tmp_path: Path) -> Path:
 def command(*extra: str) -> str:
     small = [
         "--budget",
-        "6",
+        "24",
         "--env.max-steps",
         "2",
         "--env.recovery.steps",

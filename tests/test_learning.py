@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from agents.ppo import build_agent, roll_out, train_agent
 from envs import pruning
 from envs.pruning import PruningEnv
-from envs.rewards import TERMS, Clues, Objective, Score
+from envs.rewards import PLACES, TERMS, Clues, Objective, Score
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
-from onp.graph import EFFECTS
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 
@@ -37,9 +36,11 @@ def one_thread() -> Iterator[None]:
 class PlantedObjective(Objective):
     """Pruning a bad unit gains 1, pruning a good one costs 1; first-order effects, and so the prior, tell nothing."""
 
-    def sensitivity(self) -> dict[str, Tensor]:
-        self.evaluations += 4
-        return {name: torch.zeros(len(self.index)) for name in EFFECTS}
+    def effects(self, mask: KeepMask) -> dict[str, Tensor]:
+        if mask.key not in self._effects:
+            self.evaluations += 1
+            self._effects[mask.key] = {name: torch.zeros(len(self.index)) for name in ("score", *PLACES)}
+        return self._effects[mask.key]
 
     def score(self, mask: KeepMask) -> Score:
         if mask.key not in self.scores:
@@ -77,7 +78,9 @@ def random_return(env: PruningEnv, generator: np.random.Generator) -> float:
 
 def test_the_toy_is_no_giveaway(env: PruningEnv) -> None:
     graph = env.graph
-    assert bool((graph.x[:, graph.feature_names.index("prior")] == 0).all())
+    observation, _ = env.reset()
+    assert bool((observation["effects"] == 0).all())
+    assert bool((graph.x[:, graph.feature_names.index("effect_score")] == 0).all())
     for number, name in enumerate(graph.feature_names):
         for column in (graph.x[:, number], -graph.x[:, number]):
             if column.unique().numel() > 1:

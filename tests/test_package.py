@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import re
 import shutil
 import subprocess
@@ -57,12 +56,17 @@ def test_the_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
-def test_the_gymnasium_entry_point(wheel: zipfile.ZipFile) -> None:
-    points = configparser.ConfigParser()
-    points.read_string(metadata(wheel, r"entry_points\.txt"))
-    module, _, function = points["gymnasium.envs"]["onp"].partition(":")
-    assert f"{module}/__init__.py" in wheel.namelist()
-    assert f"def {function}(" in wheel.read(f"{module}/__init__.py").decode()
+def test_the_environment_is_registered_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Importing `envs` registers it."""
+    wheel.extractall(tmp_path)
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import envs, gymnasium; "
+        "print(envs.__file__, gymnasium.spec('onp/NeuronPruning-v0').entry_point)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split() == [str(tmp_path / "envs" / "__init__.py"), "envs.pruning:PruningEnv"], done.stderr
 
 
 def test_continuous_integration_finds_the_test_command() -> None:

@@ -83,6 +83,7 @@ def observations(units: int, count: int = 5, seed: int = 0) -> Observation:
     return {
         "kept": kept,
         "action_mask": torch.cat([kept, stop], 1),
+        "effects": torch.randn(count, units, generator=generator).mul(4).round() / 4,  # some are equal
         "progress": torch.rand(count, 2, generator=generator),
     }
 
@@ -118,6 +119,7 @@ def test_permuting_units_permutes_their_logits_alone(env: PruningEnv) -> None:
     two = {
         "kept": one["kept"][:, order],
         "action_mask": torch.cat([one["action_mask"][:, order], one["action_mask"][:, -1:]], 1),
+        "effects": one["effects"][:, order],
         "progress": one["progress"],
     }
     with torch.no_grad():
@@ -158,6 +160,7 @@ def test_all_pruned_leaves_stopping_and_a_finite_value(env: PruningEnv) -> None:
     observation = {
         "kept": torch.zeros(1, units),
         "action_mask": torch.tensor([[0.0] * units + [1.0]]),
+        "effects": torch.zeros(1, units),
         "progress": torch.zeros(1, 2),
     }
     agent = stirred(agent_of(env))
@@ -189,14 +192,29 @@ def test_remembered_embeddings_follow_the_weights(env: PruningEnv) -> None:
 # --- prior ----------------------------------------------------------------------------------------------
 
 
-def test_an_untrained_policy_follows_the_prior(env: PruningEnv) -> None:
-    units = len(env.index)
+def plain(agent: PPO) -> PPO:
+    """Without the small random weights of the heads: the prior and the biases alone."""
+    network = agent.policy.mlp_extractor
+    with torch.no_grad():
+        for head in (network.query, network.bias, network.stop):
+            head.weight.zero_()
+    return agent
+
+
+def all_kept(units: int, effects: Tensor) -> Observation:
     observation = observations(units, count=1)
     observation["kept"][:] = observation["action_mask"][:] = 1
-    chances = probabilities(agent_of(env), observation)[0, :-1]
-    score = env.effects["first_order_score"]
+    return {**observation, "effects": effects.reshape(1, -1)}
+
+
+def test_an_untrained_policy_follows_the_prior(env: PruningEnv) -> None:
+    """On the observation of the environment itself, where effects tie at most by chance."""
+    reset = {key: torch.as_tensor(value).float().unsqueeze(0) for key, value in env.reset()[0].items()}
+    score = env.effects["score"]
+    assert torch.equal(reset["effects"][0], score)
+    chances = probabilities(agent_of(env), reset)[0, :-1]
     ranks = torch.tensor([int((score > value).sum()) for value in score])
-    prior = 1 / (1 + ranks.double())
+    prior = (1 + ranks.double()) ** -1.5
     assert torch.allclose(chances.double() / chances.sum(), prior / prior.sum(), rtol=0.3)  # heads are nearly zero
     best = chances[score.argsort(descending=True)]
     assert bool((best[:-4] > best[4:]).all())  # monotone in rank, four ranks apart
@@ -204,20 +222,40 @@ def test_an_untrained_policy_follows_the_prior(env: PruningEnv) -> None:
 
 
 def test_without_head_noise_the_prior_is_exact(env: PruningEnv) -> None:
-    agent, units = agent_of(env), len(env.index)
-    network = agent.policy.mlp_extractor
+    units = len(env.index)
+    effects = torch.randperm(units, generator=torch.Generator().manual_seed(2)).float()
+    observation, agent = all_kept(units, effects), plain(agent_of(env))
     with torch.no_grad():
-        for head in (network.query, network.bias):
-            head.weight.zero_()
-    observation = observations(units, count=1)
-    observation["kept"][:] = observation["action_mask"][:] = 1
-    chances = probabilities(agent, observation)[0, :-1]
-    ranked = chances[env.effects["first_order_score"].argsort(descending=True)].double()
-    assert torch.allclose(ranked[0] / ranked, torch.arange(1, units + 1).double(), rtol=1e-4)
-    assert bool((ranked[:-1] > ranked[1:]).all())
+        logits = agent.policy.mlp_extractor(observation)[0][0]
+    expected = -1.5 * (units - effects.double()).log()  # the best unit has rank 0
+    assert torch.allclose(logits[:-1].double(), expected, atol=1e-5)
+    assert float(logits[-1]) == -2.0  # stopping
+
+
+def test_the_prior_looks_at_the_order_of_the_effects_alone(env: PruningEnv) -> None:
+    units, agent = len(env.index), plain(agent_of(env))
+    effects = torch.randn(units, generator=torch.Generator().manual_seed(2))
+    before = probabilities(agent, all_kept(units, effects))
+    assert torch.equal(before, probabilities(agent, all_kept(units, 1000 * effects - 7)))
+    assert torch.equal(before.flip(1)[:, 1:], probabilities(agent, all_kept(units, effects.flip(0))).roll(1, 1)[:, 1:])
+
+
+def test_equal_effects_share_a_rank_and_pruned_units_have_none(env: PruningEnv) -> None:
+    units, agent = len(env.index), plain(agent_of(env))
+    effects = torch.full((units,), -1.0)
+    effects[[3, 5, 8, 11, 20]] = torch.tensor([9.0, 2.0, 2.0, 1.0, 7.0])
+    observation = all_kept(units, effects)
+    for key in ("kept", "action_mask"):
+        observation[key][0, [3, 20]] = 0  # the two best
     with torch.no_grad():
-        logits = network(observation)[0]
-    assert math.isclose(float(logits[0, :-1].max()), 0.0, abs_tol=1e-6)
+        logits = agent.policy.mlp_extractor(observation)[0][0]
+    assert float(logits[5]) == float(logits[8]) == 0  # rank 0, together
+    assert float(logits[11]) == pytest.approx(-1.5 * math.log(3), abs=1e-5)
+    others = torch.tensor([unit for unit in range(units) if unit not in (3, 5, 8, 11, 20)])
+    assert torch.allclose(logits[others], torch.tensor(-1.5 * math.log(4)), atol=1e-5)
+    assert bool((probabilities(agent, observation)[0, [3, 20]] == 0).all())
+    uniform = probabilities(agent, all_kept(units, torch.zeros(units)))[0, :-1]
+    assert bool((uniform == uniform[0]).all())
 
 
 # --- weights --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from envs.rewards import (
+    PLACES,
     TERMS,
     Clues,
     Objective,
@@ -24,8 +25,8 @@ from envs.rewards import (
 )
 from onp.config import RewardConfig, TriggerRecoveryConfig
 from onp.data import DefenceData, Normalisation
-from onp.masks import KeepMask
-from onp.sensitivity import divergence_effects, first_order_effects, loss_effects
+from onp.masks import KeepMask, apply_mask, masked
+from onp.sensitivity import first_order_effects, loss_effects
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, UnitLayer, index_units
 
@@ -89,10 +90,10 @@ def test_trigger_resistance_is_minus_log_success_times_trust_with_a_floor() -> N
     assert float(trigger_resistance(outputs(triggered=triggered, target=0))) == pytest.approx(
         -0.5 * math.log(0.2), abs=1e-6
     )
-    for success in (0.0005, 0.0001):
+    for success in (0.00005, 0.00001):
         rest = (1 - success) / 2
         gone = logits([rest, rest, success], [rest, rest, success])
-        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(0.001), abs=1e-6)
+        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(1e-4), abs=1e-5)
     assert float(trigger_resistance(outputs(triggered=triggered, trust=0.0))) == 0
 
 
@@ -216,67 +217,152 @@ def test_first_order_effects_leave_frozen_parameters_frozen(
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_a_loss_that_does_not_reach_a_layer_gives_it_zeros(network: Any, index: UnitIndex, data: DefenceData) -> None:
-    effects = first_order_effects(network, index, lambda: network.plain(data.inputs).square().mean())
-    reached = torch.tensor([index.layers[int(number)].module == "plain" for number in index.layer_of])
-    assert bool((effects[reached] != 0).all())
-    assert bool((effects[~reached] == 0).all())
-
-
-def test_divergence_effects_are_half_the_squared_slopes_of_each_image(
+def test_first_order_effects_of_any_function_are_its_slopes(
     network: nn.Module, index: UnitIndex, data: DefenceData
 ) -> None:
-    """Recomputed from finite differences of each image's loss, at classes drawn the same way."""
-    images = 7
-    with torch.no_grad():
-        probabilities = network(data.inputs[:images]).softmax(1)
-    classes = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0)).flatten()
-    part = replace(data, images=data.images[:images], labels=data.labels[:images])
-    expected = slopes(network, index, cross_entropies(part, classes)).square().mean(1) / 2
-    found = divergence_effects(network, index, data, images)
-    assert bool((found >= 0).all())
-    assert torch.allclose(found.double(), expected, atol=1e-7, rtol=2e-3)
+    """A function that is no mean over images: the slopes of a batch depend on every other batch."""
+
+    def function(logits: Tensor) -> Tensor:
+        return logits.softmax(1)[:, 2].mean().log() + 0.3 * logits[:, 0].var()
+
+    inputs = data.inputs
+    expected = slopes(network, index, lambda model: function(model(inputs.double())))[:, 0]
+    found = first_order_effects(network, index, inputs, function)
+    assert torch.allclose(found.double(), expected, atol=1e-5, rtol=1e-3)
+    assert float(expected.abs().min()) > 1e-5
+    for batch_size in (1, 7, 19, 20):
+        again = first_order_effects(network, index, inputs, function, batch_size)
+        assert torch.allclose(again, found, atol=1e-6, rtol=1e-4), batch_size
 
 
-def test_divergence_effects_estimate_the_divergence(network: nn.Module, index: UnitIndex) -> None:
-    """Shrinking gates by eps changes the outputs by a KL divergence of about eps squared times the effect."""
-    generator = torch.Generator().manual_seed(3)
-    data = DefenceData(torch.rand((600, 1, 8, 8), generator=generator), torch.arange(600) % 3, 3)
-    inputs, eps = data.inputs.double(), 0.02
-    with torch.no_grad():
-        before = copy.deepcopy(network).double()(inputs).log_softmax(1)
-        exact = []
-        for layer in index:
-            for unit in range(layer.size):
-                after = shrunk(network, layer, unit, eps)(inputs).log_softmax(1)
-                exact.append(float((before.exp() * (before - after)).sum(1).mean()) / eps**2)
-    found, true = divergence_effects(network, index, data, images=600).double(), torch.tensor(exact).double()
-    assert bool(((found / true > 0.6) & (found / true < 1.6)).all())  # 600 drawn classes against all of them
+def test_layers_that_the_outputs_do_not_need_have_no_effect(index: UnitIndex, network: Any, data: DefenceData) -> None:
+    network.out.weight.data.zero_()
+    inputs, number = data.inputs, next(i for i, layer in enumerate(index) if layer.module == "hidden")
+    effects = first_order_effects(network, index, inputs, lambda logits: logits.square().mean())
+    assert bool((effects[index.layer_of <= number] == 0).all())
+    constant = first_order_effects(network, index, inputs, lambda logits: 0 * logits.sum() + 1)
+    assert bool((constant == 0).all())
 
 
-def test_objective_weighs_first_order_gains(network: nn.Module, index: UnitIndex, data: DefenceData) -> None:
-    """`first_order_score` is the slope of the potential, with the divergence in place of fidelity's zero slope."""
+# --- effects of the objective ---------------------------------------------------------------------------
+
+WEIGHTS = RewardConfig(clean_accuracy=1.0, clean_fidelity=2.0, unlearning=0.5, trigger_resistance=0.4)
+
+
+@pytest.fixture
+def clues() -> Clues:
+    """Another network as unlearned copy, and a corner patch for class 1 that is half trusted."""
     torch.manual_seed(4)
-    unlearned = EveryKind().eval()
     mask = torch.zeros(1, 8, 8)
     mask[0, :3, :3] = 0.8
-    trigger = RecoveredTrigger(1, mask, torch.ones(1, 8, 8), (6.0, 4.0, 9.0))
-    weights = RewardConfig(clean_accuracy=1.0, clean_fidelity=2.0, unlearning=0.5, trigger_resistance=0.4)
-    effects = Objective(network, Clues(unlearned, trigger), index, data, weights).sensitivity()
-    triggered = data.normalise(trigger(data.images[data.labels != 1])).double()
+    return Clues(EveryKind().eval(), RecoveredTrigger(1, mask, torch.ones(1, 8, 8), (6.0, 4.0, 9.0)))
+
+
+def some_pruned(index: UnitIndex) -> KeepMask:
+    """A mask that prunes a unit of every second layer."""
+    return KeepMask.all_kept(index).without([layer.offset for layer in list(index)[::2]])
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_effects_are_the_weighted_slopes_of_the_terms(
+    network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues, pruned: bool
+) -> None:
+    mask = some_pruned(index) if pruned else KeepMask.all_kept(index)
+    effects = Objective(network, clues, index, data, WEIGHTS).effects(mask)
+    triggered = data.normalise(clues.trigger(data.images[data.labels != 1])).double()
+    with torch.no_grad():
+        before = copy.deepcopy(network).double()(data.inputs.double()).log_softmax(1)
+    cut, cut_unlearned = copy.deepcopy(network), copy.deepcopy(clues.unlearned)
+    apply_mask(cut, mask)
+    apply_mask(cut_unlearned, mask)
+
+    def divergence(model: nn.Module) -> Tensor:
+        return (before.exp() * (before - model(data.inputs.double()).log_softmax(1))).sum(1).mean()
+
     gains = {
-        "first_order_unlearning": slopes(
-            unlearned, index, lambda model: -0.5 * cross_entropies(data, data.labels)(model).mean().log()
+        "clean_fidelity": slopes(cut, index, lambda model: -2.0 * divergence(model))[:, 0],
+        "unlearning": slopes(
+            cut_unlearned, index, lambda model: -0.5 * cross_entropies(data, data.labels)(model).mean().log()
         )[:, 0],
-        "first_order_trigger": slopes(
-            network, index, lambda model: -0.4 * 0.5 * model(triggered).softmax(1)[:, 1].mean().log()
+        "trigger_resistance": slopes(
+            cut, index, lambda model: -0.4 * 0.5 * model(triggered).softmax(1)[:, 1].mean().log()
         )[:, 0],
     }
+    assert set(effects) == {"score", *PLACES} == {"score", *gains}
     for name, expected in gains.items():
-        assert torch.allclose(effects[name].double(), expected, atol=1e-5, rtol=1e-3), name
-        assert float(expected.abs().max()) > 1e-3
-    total = sum(gains.values()) - 2.0 * divergence_effects(network, index, data).double()
-    assert torch.allclose(effects["first_order_score"].double(), total, atol=2e-5, rtol=1e-3)
+        assert effects[name].shape == (len(index),) and effects[name].dtype == torch.float32
+        assert not effects[name].requires_grad
+        assert torch.allclose(effects[name].double(), expected, atol=2e-5, rtol=2e-3), name
+        slope = float(expected.abs().max())  # where nothing is pruned the divergence is at its minimum
+        assert slope > 1e-3 if pruned or name != "clean_fidelity" else slope < 1e-6, name
+        assert bool((effects[name][~mask.keep] == 0).all())
+    total = effects["clean_fidelity"] + effects["unlearning"] + effects["trigger_resistance"]
+    assert torch.allclose(effects["score"], total, atol=1e-6)
+
+
+def test_effects_are_remembered_and_count_one_evaluation_a_pass(
+    network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues
+) -> None:
+    objective = Objective(network, clues, index, data, WEIGHTS)
+    assert objective.evaluations == 0
+    first = objective.effects(objective.all_kept.without([2, 5]))
+    assert objective.evaluations == 1
+    again = objective.effects(objective.all_kept.without([5]).without([2]))  # the same units in another order
+    assert objective.evaluations == 1
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    other = objective.effects(objective.all_kept.without([5]))
+    assert objective.evaluations == 2
+    assert not torch.allclose(other["score"], first["score"], atol=1e-4)
+    objective.score(objective.all_kept.without([5]))  # a pass is no score
+    assert objective.evaluations == 3
+
+
+def test_effects_leave_both_networks_bit_identical(
+    network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues
+) -> None:
+    network.get_parameter("norm.weight").requires_grad_(False)
+    networks = (network, clues.unlearned)
+    before = [copy.deepcopy(model.state_dict()) for model in networks]
+    flags = [[parameter.requires_grad for parameter in model.parameters()] for model in networks]
+    objective = Objective(network, clues, index, data, WEIGHTS)
+    for mask in (objective.all_kept, some_pruned(index)):
+        objective.effects(mask)
+    for model, weights, grads in zip(networks, before, flags, strict=True):
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+        assert [parameter.requires_grad for parameter in model.parameters()] == grads
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any(module.training for module in model.modules())
+
+
+def test_effects_do_not_change_scores(network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues) -> None:
+    mask = some_pruned(index)
+    plain, other = (Objective(network, clues, index, data, WEIGHTS) for _ in range(2))
+    other.effects(mask)
+    assert other.score(mask) == plain.score(mask)
+    alone = plain.effects(mask)  # after the score
+    assert all(torch.equal(alone[key], value) for key, value in other.effects(mask).items())
+
+
+def test_effects_of_the_masked_network_are_those_of_the_function_there(
+    network: nn.Module, index: UnitIndex, data: DefenceData
+) -> None:
+    mask = some_pruned(index)
+    cut = copy.deepcopy(network)
+    apply_mask(cut, mask)
+    with masked(network, mask):
+        inside = loss_effects(network, index, data)
+    assert torch.equal(inside, loss_effects(cut, index, data))
+    assert not torch.allclose(inside, loss_effects(network, index, data), atol=1e-3)
+
+
+def test_effects_of_broken_outputs_are_finite(network: nn.Module, index: UnitIndex, data: DefenceData) -> None:
+    """They are observations, whose space is finite."""
+    trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
+    objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, data, RewardConfig())
+    with torch.no_grad():
+        network.get_parameter("out.bias").fill_(float("nan"))
+    effects = objective.effects(objective.all_kept.without([0]))
+    assert all(bool(torch.isfinite(values).all()) for values in effects.values())
 
 
 def test_broken_outputs_count_as_the_lowest_worth(network: nn.Module, index: UnitIndex, data: DefenceData) -> None:
@@ -296,8 +382,8 @@ def test_a_trigger_class_that_every_image_has_still_gives_triggered_images(
     alike = replace(data, labels=torch.ones(20, dtype=torch.int64))
     trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, alike, RewardConfig())
-    assert len(objective.triggered_inputs) == 20
-    assert math.isfinite(objective.score(KeepMask.all_kept(index)).potential)
+    score = objective.score(KeepMask.all_kept(index))
+    assert 0 < score.terms["trigger_resistance"] <= -math.log(1e-4)  # without images it would be the lowest worth
 
 
 # --- trigger recovery -----------------------------------------------------------------------------------

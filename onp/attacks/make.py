@@ -14,8 +14,7 @@ from onp.models import build_model
 def make_backdoored_model(inputs: Inputs, folder: Path, seed: int, config: TrainingConfig | None = None) -> Trigger:
     """Train the network of `inputs` afresh on its poisoned data; write `trigger.json`, `backdoored.safetensors`."""
     config = config or TrainingConfig()
-    dataset = inputs.dataset("train")
-    assert dataset is not None
+    dataset = inputs.attacker_dataset()
     model, trigger = train_backdoored(
         lambda: build_model(inputs.config.model, inputs.channels, inputs.classes),
         dataset,

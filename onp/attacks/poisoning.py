@@ -44,7 +44,7 @@ class TrainingConfig:
     """class that triggered images are meant to get"""
     poison_rate: float = 0.1
     """fraction of the poisonable images that get the trigger (clean-label attacks poison the target class alone)"""
-    epochs: int = 15
+    epochs: int = 25
     """passes over the training data"""
     learning_rate: float = 0.1
     """peak step size of SGD's one-cycle schedule"""
