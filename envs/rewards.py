@@ -126,6 +126,7 @@ class Objective:
             "triggered": Engine(model, triggered),
         }
         self._original = self._engines["pruned"].logits(self.all_kept)
+        self._last: tuple[KeepMask, dict[str, Tensor]] | None = None
         self._effects: dict[bytes, dict[str, Tensor]] = {}
 
     def outputs(self, logits: Mapping[str, Tensor]) -> Outputs:
@@ -141,7 +142,7 @@ class Objective:
         if mask.key not in self._effects:
             self.evaluations += 1
             with masked(self.model, mask), masked(self.clues.unlearned, mask):
-                plain = {place: engine.logits(self.all_kept) for place, engine in self._engines.items()}
+                plain = self._logits(mask)
                 effects = {
                     name: getattr(self.weights, name) * self._term_effects(name, place, plain)
                     for name, place in PLACES.items()
@@ -149,17 +150,25 @@ class Objective:
             self._effects[mask.key] = {**effects, "score": torch.stack([*effects.values()]).sum(0)}
         return self._effects[mask.key]
 
+    def _logits(self, mask: KeepMask) -> dict[str, Tensor]:
+        """Logits under `mask` by place; the last mask's are kept, since its effects are often asked for next."""
+        if self._last is None or self._last[0] != mask:
+            self._last = (mask, {place: engine.logits(mask) for place, engine in self._engines.items()})
+        return self._last[1]
+
     def _term_effects(self, name: str, place: str, plain: Mapping[str, Tensor]) -> Tensor:
         engine = self._engines[place]
-        return first_order_effects(
-            engine.model, self.index, engine.inputs, lambda logits: TERMS[name](self.outputs({**plain, place: logits}))
-        )
+
+        def term(logits: Tensor) -> Tensor:
+            return TERMS[name](self.outputs({**plain, place: logits}))
+
+        return first_order_effects(engine.model, self.index, engine.inputs, term, plain[place])
 
     def score(self, mask: KeepMask) -> Score:
         """The worth of `mask`; non-finite outputs count as the lowest finite number."""
         if mask.key not in self.scores:
             self.evaluations += 1
-            outputs = self.outputs({place: engine.logits(mask) for place, engine in self._engines.items()})
+            outputs = self.outputs(self._logits(mask))
             terms = {name: _finite(float(term(outputs))) for name, term in TERMS.items()}
             total = sum(getattr(self.weights, name) * value for name, value in terms.items())
             self.scores[mask.key] = (mask, Score(total, terms))

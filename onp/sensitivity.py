@@ -17,16 +17,24 @@ from onp.units import UnitIndex
 
 
 def first_order_effects(
-    model: nn.Module, index: UnitIndex, inputs: Tensor, function: Callable[[Tensor], Tensor], batch_size: int = 125
+    model: nn.Module,
+    index: UnitIndex,
+    inputs: Tensor,
+    function: Callable[[Tensor], Tensor],
+    logits: Tensor | None = None,
+    batch_size: int = 125,
 ) -> Tensor:
     """Estimated change of `function(model(inputs))`, when each unit is pruned alone, shape (N,).
 
-    The backward pass goes batch by batch, so memory does not grow with the number of images.
+    `logits` are `model(inputs)` where they are known already. The backward pass goes batch by batch, so memory does
+    not grow with the number of images.
     """
     model.eval()
-    with torch.no_grad():
-        logits = torch.cat([model(batch) for batch in inputs.split(batch_size)])
-    (slopes,) = torch.autograd.grad(function(logits.requires_grad_()), logits)
+    if logits is None:
+        with torch.no_grad():
+            logits = torch.cat([model(batch) for batch in inputs.split(batch_size)])
+    logits = logits.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(function(logits), logits)
     names = sorted({name for layer in index for name, _ in layer.gates})
     parameters = [model.get_parameter(name) for name in names]
     gradients = [torch.zeros_like(parameter) for parameter in parameters]

@@ -269,9 +269,7 @@ def test_permuted_units_permute_the_graph(randomised: Callable[..., nn.Module]) 
     index, inputs, config = index_units(model, (3, 6, 6)), torch.rand(7, 3, 6, 6), GraphConfig(0.9, 0.25, 3, 3)
     score = torch.randn(37)
     plain = build_graph(index, model, inputs, unlearned, {"score": score}, config)
-    other = build_graph(
-        index, permuted(model), inputs, permuted(unlearned), {"score": score[units]}, config
-    )
+    other = build_graph(index, permuted(model), inputs, permuted(unlearned), {"score": score[units]}, config)
     torch.testing.assert_close(other.x, plain.x[units])
     for similar, backward in ((True, False), (False, False), (False, True)):
         renamed = {(int(units[a]), int(units[b])): w for (a, b), w in edges(other, similar, backward).items()}

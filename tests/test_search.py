@@ -129,9 +129,7 @@ def test_random_search_ends_where_short_episodes_have_seen_every_mask(make_env: 
 
 @pytest.mark.parametrize("name", list(SEARCHES))
 @pytest.mark.parametrize("pairs", [0, 6])
-def test_searches_cope_with_more_steps_than_units(
-    make_env: Callable[..., PruningEnv], name: str, pairs: int
-) -> None:
+def test_searches_cope_with_more_steps_than_units(make_env: Callable[..., PruningEnv], name: str, pairs: int) -> None:
     """Every unit is pruned before the episode ends."""
     env = make_env(max_steps=UNITS + 2, pairs=pairs)
     SEARCHES[name](env, 60, 0, ignore)

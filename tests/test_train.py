@@ -76,6 +76,7 @@ class Patient:
 
     def job(self, run: Path, *extra: str, budget: int = BUDGET, **options: str) -> list[str]:
         small = f"--budget {budget} --finalists 4 --env.max-steps 4 --env.recovery.steps 10 --threads 1".split()
+        small += ["--env.reward.clean-fidelity", "0.05"]  # so cheap that masks prune something in so short a job
         return [*self.options(**options), "--run-dir", str(run), *small, *extra]
 
 
@@ -234,11 +235,11 @@ def test_the_purified_network_is_the_masked_original(run: Path, patient: Patient
     restored.load_state_dict(purified)
     inputs = (read_test_images(patient.folder / "images")[0] - MEAN) / STD
     mask = KeepMask.from_json(index_units(original, (3, 8, 8)), json.loads((run / "masks/onp.json").read_text()))
-    assert mask.units_pruned == rows_of(run)["onp"]["units_pruned"]
+    assert mask.units_pruned == rows_of(run)["onp"]["units_pruned"] > 0
     with torch.no_grad(), masked(original, mask):
         assert torch.equal(restored(inputs), original(inputs))
     with torch.no_grad():
-        assert torch.equal(restored(inputs), original(inputs)) == (mask.units_pruned == 0)
+        assert not torch.equal(restored(inputs), original(inputs))
 
 
 def test_the_figures_follow_from_the_files(run: Path, patient: Patient) -> None:
