@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
@@ -108,6 +109,13 @@ class PointerNetwork(nn.Module):
         rank = effects.shape[1] - torch.searchsorted(effects.sort(dim=1).values, effects, right=True)
         units = match + self.bias(embedding).T - self.prior_weight * torch.log1p(rank)
         return torch.cat([units, self.stop(context)], 1).masked_fill(observation["action_mask"] < 0.5, -1e8)
+
+
+def blank_policy(config: AgentConfig, features: int, edge_features: int) -> GraphPolicy:
+    """A policy over a graph of one unit, to hold or to check weights."""
+    graph = Data(torch.zeros(1, features), torch.empty(2, 0, dtype=torch.long), torch.empty(0, edge_features))
+    space = spaces.Dict({"kept": spaces.MultiBinary(1)})
+    return GraphPolicy(space, spaces.Discrete(2), lambda _: 0.0, graph=graph, config=config)
 
 
 class PassThrough(BaseFeaturesExtractor):

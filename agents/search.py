@@ -57,12 +57,12 @@ def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
     generator = np.random.default_rng(seed)
     idle = 0  # episodes in a row that scored nothing new: of a tiny network every mask has been seen
     while env.reward_evaluations < budget and idle < 100:
-        observation, _ = env.reset()
-        done = False
-        before = env.reward_evaluations
-        while not done and env.reward_evaluations < budget:
-            action = generator.choice(np.flatnonzero(observation["kept"]))
-            observation, _, done, _, _ = env.step(action)
+        before, mask = env.reward_evaluations, env.objective.all_kept
+        for _ in range(env.config.max_steps):
+            if env.reward_evaluations >= budget or mask.units_pruned == len(env.index):
+                break
+            mask = env.prune(mask, int(generator.choice(mask.keep.nonzero().flatten().numpy())))
+            env.objective.score(mask)
             progress(env.reward_evaluations, budget)
         idle = idle + 1 if env.reward_evaluations == before else 0
 

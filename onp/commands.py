@@ -20,9 +20,8 @@ warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
 
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:
     """Parse `config` from the command line and run `job`; exit with its code, or with 2 and one line on bad input."""
-    options = tyro.cli(config, prog=f"python -m {program}", description=job.__doc__)
     try:
-        code = job(options)
+        code = job(tyro.cli(config, prog=f"python -m {program}", description=job.__doc__))
     except OnpError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2

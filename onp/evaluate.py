@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
+from torch import nn
 
-from onp.checkpoints import sha256
+from onp.checkpoints import load_checkpoint, sha256
 from onp.commands import console, run_command
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
+from onp.masks import apply_mask
 from onp.report import Judge, Row, make_rows, make_table
 from onp.run_folder import RunFolder, patient, trigger_path
-from onp.units import index_units
+from onp.units import UnitIndex, index_units
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,26 @@ def evaluate(config: EvaluateConfig) -> int:
     index = index_units(inputs.model, tuple(dataset[0][0].shape))
     rows = make_rows(folder, Judge(inputs, trigger_path(options, folder)), index)
     console.print(make_table(rows, f"{config.run} measured again"))
+    if not _delivered(folder, inputs.model, index):
+        console.print("purified.safetensors is not the network that masks/onp.json makes")
+        return 1
     differing = [row.method for row, old in zip(rows, report["rows"], strict=True) if not _same(row, Row(**old))]
     if differing:
         console.print(f"Differs from report.json: {', '.join(differing)}")
         return 1
     console.print("Every figure agrees with report.json.")
     return 0
+
+
+def _delivered(folder: RunFolder, model: nn.Module, index: UnitIndex) -> bool:
+    """Whether `purified.safetensors` is `model` under ONP's mask, bit for bit."""
+    mask = folder.load_mask("onp", index)
+    purified, expected = copy.deepcopy(model), copy.deepcopy(model)
+    load_checkpoint(purified, folder.file("purified.safetensors"))
+    if mask is not None:
+        apply_mask(expected, mask)
+    weights = expected.state_dict()
+    return all(bool(torch.equal(value, weights[name])) for name, value in purified.state_dict().items())
 
 
 def _same(new: Row, old: Row) -> bool:

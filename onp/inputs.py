@@ -118,8 +118,13 @@ class Inputs:
         """The training images that `defence_data` leaves: what a test model of ours is trained on."""
         dataset = self.dataset("train")
         assert dataset is not None
-        order = balanced_order(torch.tensor(labels_of(dataset)), self.config.seed)
-        return Subset(dataset, order[self.config.defence_size :].tolist())
+        order = balanced_order(torch.tensor(labels_of(dataset)), self.config.seed)[self.config.defence_size :]
+        if not len(order):
+            raise DataError(
+                f"--defence-size {self.config.defence_size} leaves none of the {len(labels_of(dataset))} training images "
+                "to train a test model on; lower it"
+            )
+        return Subset(dataset, order.tolist())
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 from torch import Tensor, nn
 
+from agents.policy import blank_policy
 from agents.ppo import LearningCurve, build_agent, roll_out, train_agent
 from agents.search import SEARCHES
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
@@ -28,6 +29,7 @@ from onp.checkpoints import load_checkpoint
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.errors import ConfigError, DataError, ModelError
+from onp.graph import EDGE_FEATURES, FEATURES
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
 
@@ -91,6 +93,8 @@ class Purification:
         self.data, self.config, self.log_dir = data, config, log_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
         check_network(model, data)
+        if config.policy is not None:
+            load_checkpoint(blank_policy(config.agent, len(FEATURES), len(EDGE_FEATURES)), config.policy)
         self.search_data, self.held_out = data.halves(config.seed)
 
     @cached_property

@@ -51,9 +51,12 @@ class RunFolder:
                 changes = ", ".join(f"{name} was {recorded.get(name)!r} and is {wanted.get(name)!r}" for name in names)
                 raise ConfigError(f"{path} holds a run with other options ({changes}); give another --run-dir")
             return folder
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
             raise ConfigError(f"{path} exists and holds no run; give a new or empty --run-dir")
-        write_json(folder.file("config.json"), {"options": wanted, "versions": {"torch": torch.__version__}})
+        try:
+            write_json(folder.file("config.json"), {"options": wanted, "versions": {"torch": torch.__version__}})
+        except OSError as error:
+            raise ConfigError(f"--run-dir {path} cannot be written ({error.strerror}); give another") from error
         return folder
 
     def options(self) -> dict[str, Any]:

@@ -40,15 +40,19 @@ def train(config: TrainConfig) -> None:
         raise ConfigError(
             "no --checkpoint: give the weights of the network to purify (or no --data, for the demonstration)"
         )
+    if demonstration and config.trigger is not None:
+        raise ConfigError(
+            f"--trigger {config.trigger} needs --checkpoint: the demonstration makes a trigger of its own"
+        )
     inputs = open_inputs(config)
-    judge = None if demonstration else Judge(inputs, config.trigger)
-    purification = None if demonstration else Purification(inputs.model, inputs.defence_data(), config)
+    judge = Judge(inputs, config.trigger)
+    purification = Purification(inputs.model, inputs.defence_data(), config)
     folder = RunFolder.create_or_resume(config.run_dir, config)
     if folder.file("report.json").exists():
         console.print(f"This run is complete: {folder.path}")
         _show(folder)
         return
-    if judge is None or purification is None:
+    if demonstration:
         inputs = _make_demonstration(config, folder, inputs)
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)

@@ -231,8 +231,13 @@ def test_first_order_effects_of_any_function_are_its_slopes(
     assert torch.allclose(found.double(), expected, atol=1e-5, rtol=1e-3)
     assert float(expected.abs().min()) > 1e-5
     for batch_size in (1, 7, 19, 20):
-        again = first_order_effects(network, index, inputs, function, batch_size)
+        again = first_order_effects(network, index, inputs, function, batch_size=batch_size)
         assert torch.allclose(again, found, atol=1e-6, rtol=1e-4), batch_size
+    with torch.no_grad():
+        known = network(inputs)
+    before = known.clone()
+    assert torch.allclose(first_order_effects(network, index, inputs, function, known), found, atol=1e-6, rtol=1e-4)
+    assert torch.equal(known, before) and not known.requires_grad
 
 
 def test_layers_that_the_outputs_do_not_need_have_no_effect(index: UnitIndex, network: Any, data: DefenceData) -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from onp.attacks.__main__ import AttackConfig, attack
 from onp.commands import run_command
 from onp.evaluate import EvaluateConfig, evaluate
 from onp.masks import KeepMask, masked
@@ -149,6 +150,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Patient:
     done = start(
         "onp.attacks", "--model", f"{folder / 'network.py'}:tiny", "--data", str(folder / "images"), *NORMALISATION,
         "--out", str(folder / "backdoored"), "--training.target", str(TARGET), "--threads", "1",
+        "--defence-size", "50",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Patient(folder)
@@ -178,6 +180,14 @@ def test_the_attack_command_writes_a_network_that_is_backdoored(patient: Patient
     assert names == {"backdoored.safetensors", "trigger.json", "trigger_pattern.npy", "trigger_mask.npy"}
     ca, asr, _ = figures(patient.network, patient)
     assert ca > 0.6 and asr > 0.9
+
+
+def test_the_attack_command_needs_images_beside_those_of_the_defence(patient: Patient, tmp_path: Path) -> None:
+    model = f"{patient.folder / 'network.py'}:tiny"
+    data = ["--data", str(patient.folder / "images"), "--defence-size", "400"]
+    code, _, err = call(AttackConfig, attack, ["--model", model, *data, "--out", str(tmp_path / "out")])
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 # --- the report and the run folder ----------------------------------------------------------------------------
