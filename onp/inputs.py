@@ -121,8 +121,8 @@ class Inputs:
         order = balanced_order(torch.tensor(labels_of(dataset)), self.config.seed)[self.config.defence_size :]
         if not len(order):
             raise DataError(
-                f"--defence-size {self.config.defence_size} leaves none of the {len(labels_of(dataset))} training images "
-                "to train a test model on; lower it"
+                f"--defence-size {self.config.defence_size} leaves no training image "
+                f"of {len(labels_of(dataset))} to make a test model with; lower it"
             )
         return Subset(dataset, order.tolist())
 
