@@ -144,7 +144,7 @@ class Objective:
             with masked(self.model, mask), masked(self.clues.unlearned, mask):
                 plain = self._logits(mask)
                 effects = {
-                    name: getattr(self.weights, name) * self._term_effects(name, place, plain)
+                    name: getattr(self.weights, name) * self._term_effects(name, place, plain).nan_to_num(0, 0, 0)
                     for name, place in PLACES.items()
                 }
             self._effects[mask.key] = {**effects, "score": torch.stack([*effects.values()]).sum(0)}
