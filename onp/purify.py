@@ -191,5 +191,6 @@ def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = No
     purification = Purification(copy.deepcopy(model), data, config or PurifyConfig())
     result = purification.run("onp")
     assert result.mask is not None
-    apply_mask(purification.model, result.mask)
-    return Purified(purification.model, result.mask, {"onp": result})
+    purified = copy.deepcopy(model).eval()
+    apply_mask(purified, result.mask)
+    return Purified(purified, result.mask, {"onp": result})

@@ -55,7 +55,7 @@ def test_applying_leaves_the_images_alone() -> None:
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize(("size", "side"), [(8, 2), (32, 4)])
+@pytest.mark.parametrize(("size", "side"), [(8, 3), (32, 4)])
 def test_badnets_patch(size: int, side: int) -> None:
     trigger = badnets((3, size, size), 7)
     image = torch.full((1, 3, size, size), 0.25)

@@ -250,7 +250,7 @@ def test_grey_and_colour(tmp_path: Path) -> None:
 def test_digits() -> None:
     from sklearn.datasets import load_digits
 
-    train, test = (load_dataset("digits", split, 1, None, Path("unused")) for split in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (load_dataset("digits", split, 1, 8, Path("unused")) for split in ("train", "test"))  # type: ignore[arg-type]
     assert train is not None and test is not None
     assert len(train) == 1297 and len(test) == 500  # type: ignore[arg-type]
     bunch = load_digits()
@@ -263,6 +263,8 @@ def test_digits() -> None:
     assert parts[0] + parts[1] == everything, "every digit once, in one of the two"
     assert set(Counter(labels_of(test)).values()) == {50}
     assert class_count(train) == 10 and train[0][0].shape == (1, 8, 8)
+    enlarged = load_dataset("digits", "train", 1, None, Path("unused"))
+    assert enlarged is not None and enlarged[0][0].shape == (1, 16, 16)
 
 
 # --- normalisation and augmentation -----------------------------------------------------------------------

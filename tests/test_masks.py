@@ -215,6 +215,7 @@ def test_json_form(index: UnitIndex) -> None:
         "units": 78,
         "units_pruned": 4,
         "pruned": {"bn1": [0, 3], "hidden.input": [63], "hidden": [0]},
+        "order": ["bn1[3]", "bn1[0]", "hidden.input[63]", "hidden[0]"],
     }
 
 
@@ -222,7 +223,7 @@ def test_json_form(index: UnitIndex) -> None:
 def test_json_round_trip(index: UnitIndex, rule: Any) -> None:
     mask = KeepMask.all_kept(index, rule).without([1, 6] if rule == "gamma" else [1, 6, 30, 73])
     again = KeepMask.from_json(index, json.loads(json.dumps(mask.to_json())))
-    assert torch.equal(again.keep, mask.keep) and again.rule == rule and again.key == mask.key
+    assert torch.equal(again.keep, mask.keep) and again.rule == rule and again.order == mask.order
 
 
 RECORD: dict[str, Any] = {"rule": "zero", "units": 78, "pruned": {"bn1": [0]}}
