@@ -48,7 +48,7 @@ class RewardConfig:
 
     clean_accuracy: float = 1.0
     """weight of clean accuracy, per accuracy fraction"""
-    clean_fidelity: float = 25.0
+    clean_fidelity: float = 12.0
     """weight of minus the KL divergence of clean outputs from the original's, per nat"""
     unlearning: float = 0.1
     """weight of minus the log cross-entropy of the unlearned copy under the same mask"""
