@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """Three stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128), global average pooling, linear layer."""
+    """Four stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128, 128), global average pooling, linear."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs in ((in_channels, 64), (64, 128), (128, 128)):
+        for inputs, outputs in ((in_channels, 64), (64, 128), (128, 128), (128, 128)):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
