@@ -69,11 +69,11 @@ def unlearning(outputs: Outputs) -> Tensor:
 def trigger_resistance(outputs: Outputs) -> Tensor:
     """Minus the log of the recovered trigger's success, times the trust in it.
 
-    Success is the mean probability of its class, floored at 0.0001. Backdoors at
-    positions that clean images leave silent show nowhere else.
+    Success is the mean probability of its class, floored at 0.003: where it works no better, it has nothing left to
+    tell. Backdoors at positions that clean images leave silent show nowhere else.
     """
     success = outputs.triggered.softmax(1)[:, outputs.target].mean()
-    return -outputs.trust * success.clamp(min=1e-4).log()
+    return -outputs.trust * success.clamp(min=0.003).log()
 
 
 TERMS: dict[str, Callable[[Outputs], Tensor]] = {

@@ -90,10 +90,10 @@ def test_trigger_resistance_is_minus_log_success_times_trust_with_a_floor() -> N
     assert float(trigger_resistance(outputs(triggered=triggered, target=0))) == pytest.approx(
         -0.5 * math.log(0.2), abs=1e-6
     )
-    for success in (0.00005, 0.00001):
+    for success in (0.002, 0.00001):
         rest = (1 - success) / 2
         gone = logits([rest, rest, success], [rest, rest, success])
-        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(1e-4), abs=1e-5)
+        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(0.003), abs=1e-5)
     assert float(trigger_resistance(outputs(triggered=triggered, trust=0.0))) == 0
 
 
@@ -388,7 +388,7 @@ def test_a_trigger_class_that_every_image_has_still_gives_triggered_images(
     trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, alike, RewardConfig())
     score = objective.score(KeepMask.all_kept(index))
-    assert 0 < score.terms["trigger_resistance"] <= -math.log(1e-4)  # without images it would be the lowest worth
+    assert 0 < score.terms["trigger_resistance"] <= -math.log(0.003)  # without images it would be the lowest worth
 
 
 # --- trigger recovery -----------------------------------------------------------------------------------
