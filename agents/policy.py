@@ -68,7 +68,7 @@ class PointerNetwork(nn.Module):
         self.bias = nn.Linear(hidden, 1)
         self.stop = nn.Linear(hidden, 1)
         self.value = nn.Linear(hidden, 1)
-        self.prior_weight = nn.Parameter(torch.tensor(2.0))
+        self.prior_weight = nn.Parameter(torch.tensor(3.0))
         for head in (self.query, self.bias, self.stop):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)

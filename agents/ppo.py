@@ -11,8 +11,10 @@ import gymnasium as gym
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 
 from agents.policy import GraphPolicy
+from agents.restarts import ReturnToBest
 from onp.config import AgentConfig
 
 Progress = Callable[[int, int], None]
@@ -51,10 +53,13 @@ class BudgetCallback(BaseCallback):
 
 
 def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir: Path | None = None) -> PPO:
-    """A fresh PPO agent with a `GraphPolicy` over the environment's graph, on the CPU."""
+    """A fresh PPO agent with a `GraphPolicy` over the environment's graph, on the CPU.
+
+    It learns on episodes that may begin along the best ones so far; the returns recorded are those of whole episodes.
+    """
     return PPO(
         GraphPolicy,
-        env,
+        ReturnToBest(Monitor(env), config.restart_fraction, config.elites, seed),
         learning_rate=config.learning_rate,
         n_steps=config.n_steps,
         batch_size=config.batch_size,

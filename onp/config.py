@@ -97,5 +97,9 @@ class AgentConfig:
     """PPO's clipping range"""
     ent_coef: float = 0.01
     """weight of the entropy bonus"""
+    restart_fraction: float = 0.8
+    """fraction of the training episodes that begin at a random point of one of the best ones so far"""
+    elites: int = 4
+    """best episodes to begin from"""
     steps_per_evaluation: int = 6
     """environment steps at the most per reward evaluation of the budget (masks seen before cost no evaluation)"""

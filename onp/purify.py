@@ -11,12 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-import gymnasium as gym
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.monitor import Monitor
 from torch import Tensor, nn
 
 from agents.policy import blank_policy
@@ -123,13 +120,12 @@ class Purification:
 
     def _train(self, env: PruningEnv, report: Callable[[int, int], None]) -> tuple[LearningCurve, PPO]:
         config = self.config
-        monitored: gym.Env[Any, Any] = Monitor(env)
-        agent = build_agent(monitored, config.agent, config.seed, self.log_dir)
+        agent = build_agent(env, config.agent, config.seed, self.log_dir)
         if config.policy is not None:
             load_checkpoint(agent.policy, config.policy)
         # A step costs a mask and a sensitivity pass; the last episode, the learned policy's own, is paid in advance.
         curve = train_agent(agent, config.agent, config.budget - 2 * (config.env.max_steps + 1), report)
-        roll_out(agent, monitored)
+        roll_out(agent, env)
         return curve, agent
 
     def _run_rnp(self) -> MethodResult:

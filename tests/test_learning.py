@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.monitor import Monitor
 from torch import Tensor, nn
 
 from agents.ppo import build_agent, roll_out, train_agent
@@ -91,11 +90,11 @@ def test_the_toy_is_no_giveaway(env: PruningEnv) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_learns_what_no_prior_knows(env: PruningEnv, seed: int) -> None:
-    config = AgentConfig(steps_per_evaluation=3)  # ends learning after 4500 steps; the rest is as by default
-    monitored = Monitor(env)
-    agent = build_agent(monitored, config, seed)
+    # 4500 steps, and no restarts: they find good masks without any learning.
+    config = AgentConfig(steps_per_evaluation=3, restart_fraction=0)
+    agent = build_agent(env, config, seed)
     curve = train_agent(agent, config, BUDGET, lambda used, budget: None)
     assert np.mean(curve.returns[:30]) < 0.5 * len(BAD)
     assert np.mean(curve.returns[-50:]) > np.mean(curve.returns[:50]) + 0.4 * len(BAD)
-    assert roll_out(agent, monitored) >= 0.9 * len(BAD)
+    assert roll_out(agent, env) >= 0.9 * len(BAD)
     assert env.reward_evaluations <= BUDGET + 1

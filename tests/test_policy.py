@@ -26,7 +26,7 @@ from onp.errors import CheckpointError
 from onp.trigger_recovery import RecoveredTrigger
 
 CONFIG = AgentConfig(n_steps=8, batch_size=4, n_epochs=1)
-PRIOR_WEIGHT = 2.0
+PRIOR_WEIGHT = 3.0
 """of an untrained policy"""
 Observation = dict[str, Tensor]
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.monitor import Monitor
 from torch import Tensor, nn
 
 from agents.ppo import build_agent, roll_out, train_agent
@@ -140,7 +139,7 @@ def test_searches_cope_with_more_steps_than_units(make_env: Callable[..., Prunin
 def test_ppo_stays_within_the_budget(make_env: Callable[..., PruningEnv], budget: int) -> None:
     env, config = make_env(), AgentConfig(n_steps=16, batch_size=8, n_epochs=1)
     reported: list[int] = []
-    agent = build_agent(Monitor(env), config, seed=0)
+    agent = build_agent(env, config, seed=0)
     curve = train_agent(agent, config, budget, lambda used, whole: reported.append(used))
     assert env.reward_evaluations <= budget + 1  # a step costs 2: a mask and a sensitivity pass
     assert agent.num_timesteps <= max(budget * config.steps_per_evaluation, 16) + 16
@@ -153,7 +152,7 @@ def test_ppo_stays_within_the_budget(make_env: Callable[..., PruningEnv], budget
 def test_ppo_ends_where_masks_repeat(make_env: Callable[..., PruningEnv]) -> None:
     """Episodes of one step know 13 masks; the limit on steps ends learning."""
     env, config = make_env(max_steps=1), AgentConfig(n_steps=16, batch_size=8, n_epochs=1, steps_per_evaluation=3)
-    agent = build_agent(Monitor(env), config, seed=0)
+    agent = build_agent(env, config, seed=0)
     train_agent(agent, config, 40, ignore)
     assert env.reward_evaluations <= 3 + 2 * UNITS
     assert 120 <= agent.num_timesteps < 120 + 16
