@@ -41,7 +41,20 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELWISE = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.PReLU)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_REORDERINGS = ("permute", "transpose", "movedim", "swapaxes", "unflatten", "chunk", "split", "getitem", "unbind")
+_REORDERINGS = (
+    "permute",
+    "transpose",
+    "movedim",
+    "swapaxes",
+    "unflatten",
+    "chunk",
+    "split",
+    "getitem",
+    "unbind",
+    "flip",
+)
+_SHUFFLES = ("roll", "channel_shuffle", "ChannelShuffle", "pixel_shuffle", "PixelShuffle")
+_MIXINGS = ("matmul", "mm", "bmm", "einsum", "linear", "conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)
@@ -293,6 +306,11 @@ class _Tracing:
         if name in self.indexed:  # a module called twice is one set of units
             return None
         self.indexed.add(name)
+        parameters = dict(self.graph_module.named_parameters())
+        if computed := [gate for gate, _ in gates if gate not in parameters]:
+            raise ModelError(
+                f"{computed[0]} is no plain parameter; remove the parametrization (weight_norm, ...) first"
+            )
         self.layers.append(UnitLayer(name, kind, self.size, size, gates, weight, batch_norm, module, reads))
         units = torch.arange(self.size, self.size + size)
         self.size += size
@@ -301,7 +319,8 @@ class _Tracing:
 
     def _visit_plain(self, node: fx.Node) -> Reads | None:
         """Parameter-free operations: sums, concatenations, flattens, and whatever keeps channels in place."""
-        name = getattr(node.target, "__name__", str(node.target))
+        module = self._module(node)
+        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         shape = _require_shape(node)
         carried = [reads for source in node.all_input_nodes if (reads := self.reads[source]) is not None]
         if not carried:
@@ -311,7 +330,7 @@ class _Tracing:
         if name in ("cat", "concat", "concatenate"):
             return self._concatenate(node)
         first, source_shape = carried[0], _require_shape(node.all_input_nodes[0])
-        if len(carried) > 1 or name in _REORDERINGS:
+        if len(carried) > 1 or name in (*_REORDERINGS, *_SHUFFLES, *_MIXINGS):
             return self._permuted(node, first) if name == "permute" else None
         channels = first.units[0].numel()
         if len(shape) == 2 and len(source_shape) > 2 and first.axis == 1 and shape[1] == prod(source_shape[1:]):

@@ -554,3 +554,38 @@ def test_an_input_channel_is_silent_once_its_writers_are_pruned(
             assert torch.equal(after.select(reads.axis, channel), torch.zeros_like(after.select(reads.axis, channel)))
             checked += 1
     assert checked >= len(readers) // 2
+
+
+def test_what_mixes_or_reorders_channels_is_not_followed() -> None:
+    class Mixing(nn.Module):
+        def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+            self.second = nn.Conv2d(8, 8, 1)
+            self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+            self.operation = operation
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.operation(self.conv(x)) if isinstance(self.operation, nn.Module) else self.apply_to(self.conv(x))
+            return self.head(self.second(x).mean((2, 3)))
+
+        def apply_to(self, x: Tensor) -> Tensor:
+            return self.operation(x) if self.operation is not F.conv2d else F.conv2d(x, self.weight)
+
+    operations: list[Callable[[Tensor], Tensor]] = [
+        nn.ChannelShuffle(2),
+        F.conv2d,
+        lambda x: x.flip(1),
+        lambda x: x.roll(1, 1),
+    ]
+    for operation in operations:
+        index = index_units(Mixing(operation).eval(), (3, 8, 8))
+        assert [layer.name for layer in index] == ["conv", "second"]
+        assert index.layers[1].reads is None, operation
+    assert index_units(Mixing(nn.ReLU()).eval(), (3, 8, 8)).layers[1].reads is not None
+
+
+def test_a_computed_weight_is_refused() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 6))
+    with pytest.raises(ModelError, match=r"0\.weight is no plain parameter; remove the parametrization"):
+        index_units(net.eval(), (3, 8, 8))
