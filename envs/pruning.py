@@ -84,7 +84,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.config = config or EnvConfig()
         self.index = index or index_units(model, data.input_shape)
         clues = clues or find_clues(model, data, self.config, seed)
-        self.objective = Objective(model, clues, self.index, data, self.config.reward)
+        self.objective = Objective(model, clues, self.index, data, self.config.reward, self.config.effect_images)
         self.effects = {
             **self.objective.effects(self.objective.all_kept),
             "clean_loss": loss_effects(model, self.index, data),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,11 @@ def unlearning(outputs: Outputs) -> Tensor:
 def trigger_resistance(outputs: Outputs) -> Tensor:
     """Minus the log of the recovered trigger's success, times the trust in it.
 
-    Success is the mean probability of its class, floored at 0.003: where it works no better, it has nothing left to
+    Success is the mean probability of its class, floored at 0.0005: where it works no better, it has nothing left to
     tell. Backdoors at positions that clean images leave silent show nowhere else.
     """
     success = outputs.triggered.softmax(1)[:, outputs.target].mean()
-    return -outputs.trust * success.clamp(min=0.003).log()
+    return -outputs.trust * success.clamp(min=5e-4).log()
 
 
 TERMS: dict[str, Callable[[Outputs], Tensor]] = {
@@ -107,14 +108,21 @@ class Clues:
 class Objective:
     """Scores masks of one network on one set of clean images; a mask seen before is answered from memory.
 
-    `evaluations` counts distinct masks scored, and sensitivity passes.
+    `evaluations` counts distinct masks scored, and sensitivity passes. Effects are estimated on the first
+    `effect_images` images (all by default), scores always on all.
     """
 
     def __init__(
-        self, model: nn.Module, clues: Clues, index: UnitIndex, data: DefenceData, weights: RewardConfig
+        self,
+        model: nn.Module,
+        clues: Clues,
+        index: UnitIndex,
+        data: DefenceData,
+        weights: RewardConfig,
+        effect_images: int | None = None,
     ) -> None:
         self.model, self.clues, self.index = model, clues, index
-        self.data, self.weights = data, weights
+        self.data, self.weights, self.effect_images = data, weights, effect_images
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
@@ -157,12 +165,15 @@ class Objective:
         return self._last[1]
 
     def _term_effects(self, name: str, place: str, plain: Mapping[str, Tensor]) -> Tensor:
-        engine = self._engines[place]
+        engine, few = self._engines[place], slice(self.effect_images)
+        outputs = self.outputs({name: logits[few] for name, logits in plain.items()})
+        outputs = replace(outputs, labels=outputs.labels[few], original=outputs.original[few])
 
         def term(logits: Tensor) -> Tensor:
-            return TERMS[name](self.outputs({**plain, place: logits}))
+            changed: Mapping[str, Any] = {place: logits}
+            return TERMS[name](replace(outputs, **changed))
 
-        return first_order_effects(engine.model, self.index, engine.inputs, term, plain[place])
+        return first_order_effects(engine.model, self.index, engine.inputs[few], term, plain[place][few])
 
     def score(self, mask: KeepMask) -> Score:
         """The worth of `mask`; non-finite outputs count as the lowest finite number."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from onp.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class UnlearnConfig:
@@ -48,7 +50,7 @@ class RewardConfig:
 
     clean_accuracy: float = 1.0
     """weight of clean accuracy, per accuracy fraction"""
-    clean_fidelity: float = 12.0
+    clean_fidelity: float = 16.0
     """weight of minus the KL divergence of clean outputs from the original's, per nat"""
     unlearning: float = 0.1
     """weight of minus the log cross-entropy of the unlearned copy under the same mask"""
@@ -60,10 +62,17 @@ class RewardConfig:
 class EnvConfig:
     """The pruning environment."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "effect_images"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} {value}: expected at least 1")
+
     max_steps: int = 16
     """steps an episode lasts at the most; also the most units that one episode can prune, if it prunes single units"""
     prune_groups: bool = False
     """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
+    effect_images: int = 100
+    """images that the first-order effects in the observation are estimated on; they only have to rank units"""
     reward: RewardConfig = field(default_factory=RewardConfig)
     unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=()))
     """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
@@ -74,6 +83,12 @@ class EnvConfig:
 @dataclass(frozen=True)
 class AgentConfig:
     """The GNN policy and PPO."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.restart_fraction <= 1:
+            raise ConfigError(f"restart_fraction {self.restart_fraction}: expected a fraction from 0 to 1")
+        if self.elites < 1:
+            raise ConfigError(f"elites {self.elites}: expected at least 1")
 
     hidden: int = 32
     """width of the node embeddings"""

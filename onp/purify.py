@@ -51,7 +51,7 @@ class PurifyConfig:
 
     seed: int = 0
     """seed of everything random"""
-    budget: int = 400
+    budget: int = 600
     """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, and sensitivity passes"""
     finalists: int = 16
     """best masks on the search half of the defence data that compete on the held-out half for being the final one"""

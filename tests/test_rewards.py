@@ -90,10 +90,10 @@ def test_trigger_resistance_is_minus_log_success_times_trust_with_a_floor() -> N
     assert float(trigger_resistance(outputs(triggered=triggered, target=0))) == pytest.approx(
         -0.5 * math.log(0.2), abs=1e-6
     )
-    for success in (0.002, 0.00001):
+    for success in (0.0004, 0.00001):
         rest = (1 - success) / 2
         gone = logits([rest, rest, success], [rest, rest, success])
-        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(0.003), abs=1e-5)
+        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(5e-4), abs=1e-5)
     assert float(trigger_resistance(outputs(triggered=triggered, trust=0.0))) == 0
 
 
@@ -322,6 +322,23 @@ def test_effects_are_remembered_and_count_one_evaluation_a_pass(
     assert objective.evaluations == 3
 
 
+def test_effects_of_few_images_are_those_of_the_first_and_scores_those_of_all(
+    network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues
+) -> None:
+    few = Objective(network, clues, index, data, WEIGHTS, effect_images=8)
+    every = Objective(network, clues, index, data, WEIGHTS)
+    first = Objective(network, clues, index, data.subset(torch.arange(8)), WEIGHTS)
+    others = data.subset((data.labels != clues.trigger.target).nonzero().flatten()[:8])
+    triggered = Objective(network, clues, index, others, WEIGHTS)
+    mask = few.all_kept.without([2, 5])
+    for name in ("clean_fidelity", "unlearning"):
+        assert torch.allclose(few.effects(mask)[name], first.effects(mask)[name], atol=1e-7, rtol=1e-4), name
+        assert not torch.allclose(few.effects(mask)[name], every.effects(mask)[name], atol=1e-7, rtol=1e-3), name
+    found, expected = few.effects(mask)["trigger_resistance"], triggered.effects(mask)["trigger_resistance"]
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert few.score(mask) == every.score(mask)
+
+
 def test_effects_leave_both_networks_bit_identical(
     network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues
 ) -> None:
@@ -388,7 +405,7 @@ def test_a_trigger_class_that_every_image_has_still_gives_triggered_images(
     trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, alike, RewardConfig())
     score = objective.score(KeepMask.all_kept(index))
-    assert 0 < score.terms["trigger_resistance"] <= -math.log(0.003)  # without images it would be the lowest worth
+    assert 0 < score.terms["trigger_resistance"] <= -math.log(5e-4)  # without images it would be the lowest worth
 
 
 # --- trigger recovery -----------------------------------------------------------------------------------
