@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """Four stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128, 128), global average pooling, linear."""
+    """Four stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128, 128), global average pooling, dropout, linear."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -16,10 +16,11 @@ class SmallCNN(nn.Module):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
+        self.dropout = nn.Dropout(0.5)
         self.classifier = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).mean((2, 3)))
+        return self.classifier(self.dropout(self.features(x).mean((2, 3))))
 
 
 class SmallVGG(nn.Module):
