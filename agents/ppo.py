@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.policy import GraphPolicy
 from agents.restarts import ReturnToBest
@@ -56,10 +58,16 @@ def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir:
     """A fresh PPO agent with a `GraphPolicy` over the environment's graph, on the CPU.
 
     It learns on episodes that may begin along the best ones so far; the returns recorded are those of whole episodes.
+    With `config.n_envs` above 1, twins of the environment advance together.
     """
+
+    def training_env(number: int) -> gym.Env[Any, Any]:
+        twin = env.unwrapped.twin() if number else env  # type: ignore[attr-defined]
+        return ReturnToBest(Monitor(twin), config.restart_fraction, config.elites, seed + number)
+
     return PPO(
         GraphPolicy,
-        ReturnToBest(Monitor(env), config.restart_fraction, config.elites, seed),
+        DummyVecEnv([partial(training_env, number) for number in range(config.n_envs)]),
         learning_rate=config.learning_rate,
         n_steps=config.n_steps,
         batch_size=config.batch_size,

@@ -68,7 +68,7 @@ def choose_threshold(
     to hold at every smaller threshold too. Where it does not hold at threshold 0, no threshold serves: the
     result is None and the mask that keeps everything.
     """
-    engine = Engine(model, data.inputs)
+    engine = Engine(model, index, data.inputs)
     chosen: tuple[float | None, KeepMask] = (None, KeepMask.all_kept(index, rule="gamma"))
     correct = _correct(engine, chosen[1], data)
     for threshold, mask in threshold_masks(index, values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +17,6 @@ from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.graph import build_graph
 from onp.masks import KeepMask
-from onp.sensitivity import loss_effects
 from onp.trigger_recovery import recover_trigger
 from onp.units import UnitIndex, index_units
 
@@ -84,10 +84,12 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.config = config or EnvConfig()
         self.index = index or index_units(model, data.input_shape)
         clues = clues or find_clues(model, data, self.config, seed)
-        self.objective = Objective(model, clues, self.index, data, self.config.reward, self.config.effect_images)
+        self.objective = Objective(
+            model, clues, self.index, data, self.config.reward, self.config.effect_images, self.config.cache_gib
+        )
         self.effects = {
             **self.objective.effects(self.objective.all_kept),
-            "clean_loss": loss_effects(model, self.index, data),
+            "clean_loss": self.objective.engines["pruned"].effects(self.objective.all_kept, data.cross_entropy),
         }
         self.objective.evaluations += 1  # that was a sensitivity pass too
         self.graph: Data = build_graph(self.index, model, data.inputs, clues.unlearned, self.effects)
@@ -113,6 +115,16 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     @property
     def reward_evaluations(self) -> int:
         return self.objective.evaluations
+
+    def twin(self) -> PruningEnv:
+        """Another environment over the same network, with episodes of its own.
+
+        Scores, effects and `reward_evaluations` are shared, so several twins in a vectorised environment
+        (`DummyVecEnv([env.twin] * 4)`) never pay twice for a mask.
+        """
+        twin = copy.copy(self)
+        twin.reset()
+        return twin
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

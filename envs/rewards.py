@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from onp.config import RewardConfig
 from onp.data import DefenceData
-from onp.engine import Engine
-from onp.masks import KeepMask, masked
-from onp.sensitivity import first_order_effects
+from onp.engine import ActivationCache, Engine
+from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex
 
@@ -109,7 +108,8 @@ class Objective:
     """Scores masks of one network on one set of clean images; a mask seen before is answered from memory.
 
     `evaluations` counts distinct masks scored, and sensitivity passes. Effects are estimated on the first
-    `effect_images` images (all by default), scores always on all.
+    `effect_images` images (all by default), scores always on all. Activations kept between masks take up to
+    `cache_gib` GiB.
     """
 
     def __init__(
@@ -120,27 +120,31 @@ class Objective:
         data: DefenceData,
         weights: RewardConfig,
         effect_images: int | None = None,
+        cache_gib: float = 4.0,
     ) -> None:
-        self.model, self.clues, self.index = model, clues, index
-        self.data, self.weights, self.effect_images = data, weights, effect_images
+        self.clues, self.index, self.data = clues, index, data
+        self.weights, self.effect_images = weights, effect_images
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
         others = data.images[data.labels != clues.trigger.target]
         triggered = data.normalise(clues.trigger(others if len(others) else data.images))
-        self._engines = {
-            "pruned": Engine(model, data.inputs),
-            "unlearned": Engine(clues.unlearned, data.inputs),
-            "triggered": Engine(model, triggered),
+        cache = ActivationCache(int(cache_gib * 2**30))
+        self.engines = {
+            "pruned": Engine(model, index, data.inputs, cache),
+            "unlearned": Engine(clues.unlearned, index, data.inputs, cache),
+            "triggered": Engine(model, index, triggered, cache),
         }
-        self._original = self._engines["pruned"].logits(self.all_kept)
-        self._last: tuple[KeepMask, dict[str, Tensor]] | None = None
+        self._original = self.engines["pruned"].logits(self.all_kept)
         self._effects: dict[bytes, dict[str, Tensor]] = {}
 
-    def outputs(self, logits: Mapping[str, Tensor]) -> Outputs:
-        """Logits by place ("pruned", "unlearned", "triggered"), joined with what no mask changes."""
+    def _outputs(self, mask: KeepMask, images: int | None = None) -> Outputs:
+        """The first `images` logits at every place."""
+        logits = {place: engine.logits(mask)[:images] for place, engine in self.engines.items()}
         trigger = self.clues.trigger
-        return Outputs(self.data.labels, self._original, **logits, target=trigger.target, trust=trigger.trust)
+        return Outputs(
+            self.data.labels[:images], self._original[:images], **logits, target=trigger.target, trust=trigger.trust
+        )
 
     def effects(self, mask: KeepMask) -> dict[str, Tensor]:
         """First-order change of each weighted term when one more unit is pruned, (N,) each; one sensitivity pass.
@@ -149,37 +153,26 @@ class Objective:
         """
         if mask.key not in self._effects:
             self.evaluations += 1
-            with masked(self.model, mask), masked(self.clues.unlearned, mask):
-                plain = self._logits(mask)
-                effects = {
-                    name: getattr(self.weights, name) * self._term_effects(name, place, plain).nan_to_num(0, 0, 0)
-                    for name, place in PLACES.items()
-                }
+            outputs = self._outputs(mask, self.effect_images)
+            effects = {
+                name: getattr(self.weights, name) * self._term_effects(name, mask, outputs).nan_to_num(0, 0, 0)
+                for name in PLACES
+            }
             self._effects[mask.key] = {**effects, "score": torch.stack([*effects.values()]).sum(0)}
         return self._effects[mask.key]
 
-    def _logits(self, mask: KeepMask) -> dict[str, Tensor]:
-        """Logits under `mask` by place; the last mask's are kept, since its effects are often asked for next."""
-        if self._last is None or self._last[0] != mask:
-            self._last = (mask, {place: engine.logits(mask) for place, engine in self._engines.items()})
-        return self._last[1]
-
-    def _term_effects(self, name: str, place: str, plain: Mapping[str, Tensor]) -> Tensor:
-        engine, few = self._engines[place], slice(self.effect_images)
-        outputs = self.outputs({name: logits[few] for name, logits in plain.items()})
-        outputs = replace(outputs, labels=outputs.labels[few], original=outputs.original[few])
-
+    def _term_effects(self, name: str, mask: KeepMask, outputs: Outputs) -> Tensor:
         def term(logits: Tensor) -> Tensor:
-            changed: Mapping[str, Any] = {place: logits}
+            changed: Mapping[str, Any] = {PLACES[name]: logits}
             return TERMS[name](replace(outputs, **changed))
 
-        return first_order_effects(engine.model, self.index, engine.inputs[few], term, plain[place][few])
+        return self.engines[PLACES[name]].effects(mask, term, self.effect_images)
 
     def score(self, mask: KeepMask) -> Score:
         """The worth of `mask`; non-finite outputs count as the lowest finite number."""
         if mask.key not in self.scores:
             self.evaluations += 1
-            outputs = self.outputs(self._logits(mask))
+            outputs = self._outputs(mask)
             terms = {name: _finite(float(term(outputs))) for name, term in TERMS.items()}
             total = sum(getattr(self.weights, name) * value for name, value in terms.items())
             self.scores[mask.key] = (mask, Score(total, terms))

@@ -66,6 +66,8 @@ class EnvConfig:
         for name in ("max_steps", "effect_images"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
+        if not self.cache_gib >= 0:
+            raise ConfigError(f"cache_gib {self.cache_gib}: expected 0 or more")
 
     max_steps: int = 16
     """steps an episode lasts at the most; also the most units that one episode can prune, if it prunes single units"""
@@ -73,6 +75,8 @@ class EnvConfig:
     """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
     effect_images: int = 100
     """images that the first-order effects in the observation are estimated on; they only have to rank units"""
+    cache_gib: float = 4.0
+    """activations kept between masks, GiB at the most"""
     reward: RewardConfig = field(default_factory=RewardConfig)
     unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=()))
     """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
@@ -87,8 +91,9 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.restart_fraction <= 1:
             raise ConfigError(f"restart_fraction {self.restart_fraction}: expected a fraction from 0 to 1")
-        if self.elites < 1:
-            raise ConfigError(f"elites {self.elites}: expected at least 1")
+        for name in ("elites", "n_envs"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} {value}: expected at least 1")
 
     hidden: int = 32
     """width of the node embeddings"""
@@ -98,8 +103,10 @@ class AgentConfig:
     """graph attention layers"""
     learning_rate: float = 2e-3
     """step size of Adam"""
+    n_envs: int = 1
+    """environments that advance together"""
     n_steps: int = 32
-    """environment steps between two updates"""
+    """steps of each environment between two updates"""
     batch_size: int = 16
     """steps per gradient step"""
     n_epochs: int = 5

@@ -93,6 +93,10 @@ class DefenceData:
         """The images as the network takes them."""
         return self.normalise(self.images)
 
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """Mean cross-entropy of `logits`, shape (n, classes), in nats."""
+        return F.cross_entropy(logits, self.labels)
+
     def subset(self, indices: Tensor) -> DefenceData:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 

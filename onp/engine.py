@@ -1,26 +1,293 @@
-"""The evaluation engine: what a network says about fixed images under many masks."""
+"""The evaluation engine: what networks say about fixed images, mask after mask, computing only what a mask changes.
+
+A node of a network depends on the gates upstream of it alone, so its value is kept under the units pruned there and
+serves every mask that agrees on those. Where a few gates reach a convolution channel by channel, linearity leaves only
+their channels to compute: conv(x) = conv(x with these gates open) + conv(the difference in their channels). Which form
+is taken depends on the mask alone, and images go through in fixed chunks, so a mask's logits never depend on what was
+asked before. docs/engine.md has the cost model.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any, NamedTuple
 
-from onp.masks import KeepMask, masked
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from onp.errors import ModelError
+from onp.gated import GatedNetwork
+from onp.masks import KeepMask, Rule
+from onp.units import UnitIndex, shape_of
+
+SPARSE = 32
+"""a convolution is updated by channels where at most one in so many of its inputs has changed, or at most two"""
+
+
+class Wanted(NamedTuple):
+    """One node's value under one mask: `pruned` holds no unit that the node does not depend on."""
+
+    node: fx.Node
+    pruned: frozenset[int]
+    rule: Rule
+    channels: tuple[int, ...] | None = None
+
+
+class ActivationCache:
+    """Activations under a bound of `max_bytes` together; the least recently used give way."""
+
+    def __init__(self, max_bytes: int = 4 << 30) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = self.peak_bytes = 0
+        self._entries: OrderedDict[Any, tuple[int, list[Any]]] = OrderedDict()
+
+    def get(self, key: Any) -> list[Any] | None:
+        """The value of `key`, chunk by chunk; None where it is not here."""
+        return self._entries[key][1] if key in self._entries else None
+
+    def touch(self, keys: Iterable[Any]) -> None:
+        """Count `keys` as used just now."""
+        for key in keys:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+
+    def make_room(self, size: int, needed: set[Any]) -> bool:
+        """Whether `size` bytes fit when all that is not `needed` may give way; what has to give way does."""
+        if size + sum(self._entries[key][0] for key in needed) > self.max_bytes:
+            return False
+        for key in [key for key in self._entries if key not in needed]:
+            if self.bytes + size <= self.max_bytes:
+                break
+            self.bytes -= self._entries.pop(key)[0]
+        return True
+
+    def put(self, key: Any, size: int, value: list[Any]) -> None:
+        """Keep a value for which room has been made."""
+        self._entries[key] = (size, value)
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
 
 
 class Engine:
-    """Logits of one network on one set of inputs, mask by mask.
+    """Logits of one network on one set of inputs, mask by mask, and first-order effects of pruning one unit more.
 
-    `inputs` has shape (n, channels, height, width), already normalised; the network is used in eval mode and
-    left as it was.
+    `inputs` has shape (n, channels, height, width), already normalised. The engine works on a copy of the network in
+    eval mode; several engines may share one `cache`; `chunk` images go through at a time. Raises `ModelError` where
+    the copy does not reproduce the network: its `forward` changes tensors in place that it uses again.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, batch_size: int = 125) -> None:
-        self.model = model.eval()
+    def __init__(
+        self, model: nn.Module, index: UnitIndex, inputs: Tensor, cache: ActivationCache | None = None, chunk: int = 50
+    ) -> None:
         self.inputs = inputs
-        self.batch_size = batch_size
+        self.cache = cache if cache is not None else ActivationCache()
+        self.network = GatedNetwork(model, index, tuple(inputs.shape[1:]), inputs.device)
+        self._chunks = [part.contiguous(memory_format=torch.channels_last) for part in inputs.split(chunk)]
+        self._owner = object()  # of our keys in the cache; not self, lest a cycle keep the activations alive
+        self._check(model)
+
+    def _check(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            expected = model.eval()(self.inputs[:2])
+        got = self.logits(KeepMask.all_kept(self.network.index))[:2]
+        if not torch.allclose(
+            got, expected.float(), rtol=1e-3, atol=1e-3 * float(expected.abs().max()), equal_nan=True
+        ):
+            raise ModelError(
+                f"the traced copy of {type(model).__name__} gives other logits than the network itself; "
+                "in forward(), assign the results of in-place operations and leave randomness out"
+            )
 
     def logits(self, mask: KeepMask) -> Tensor:
         """Logits under `mask`, shape (n, classes), float32, detached."""
-        with torch.no_grad(), masked(self.model, mask):
-            return torch.cat([self.model(batch) for batch in self.inputs.split(self.batch_size)]).float()
+        output = self.network.output
+        return torch.cat(self._values([output], mask, len(self._chunks))[output]).float()
+
+    def effects(self, mask: KeepMask, function: Callable[[Tensor], Tensor], images: int | None = None) -> Tensor:
+        """First-order change of `function(logits)` when each unit is pruned besides `mask`, shape (N,), on the CPU.
+
+        The function sees the logits of the first `images` images (all by default). Pruning multiplies a unit's output
+        by 0, so the change is minus the sum of output times gradient (Molchanov et al. 2017).
+        """
+        logits = self.logits(mask)[:images].requires_grad_()
+        (slopes,) = torch.autograd.grad(function(logits), logits)
+        count = -(-len(slopes) // len(self._chunks[0]))
+        covered = sum(len(chunk) for chunk in self._chunks[:count])
+        slopes = F.pad(slopes, (0, 0, 0, covered - len(slopes)))
+        convolutions = [node for node in self.network.nodes if self.network.convolution(node) is not None]
+        known = self._values(convolutions, mask, count)
+        effects = slopes.new_zeros(len(mask.index))
+        for i, slope in enumerate(slopes.split(len(self._chunks[0]))):
+            self._add_effects(effects, {node: known[node][i] for node in convolutions}, i, slope, mask)
+        return effects.cpu()
+
+    def _add_effects(
+        self, effects: Tensor, known: dict[fx.Node, Tensor], i: int, slope: Tensor, mask: KeepMask
+    ) -> None:
+        network, values, gated = self.network, dict[fx.Node, Any](), list[tuple[fx.Node, Tensor]]()
+        with torch.enable_grad():
+            for node in network.nodes[:-1]:
+                inputs = {source: values[source] for source in node.all_input_nodes}
+                if node in known:
+                    (source,) = inputs.values()
+                    value = (
+                        _Recalled.apply(source, known[node], network.convolution(node))
+                        if source.requires_grad
+                        else known[node]
+                    )
+                else:
+                    value = self._run(Wanted(node, mask.pruned, mask.rule), inputs, i)
+                if node in network.layer_of:
+                    value = value if value.requires_grad else value.detach().requires_grad_()
+                    gated.append((node, value))
+                values[node] = value
+            total = (values[network.output].float() * slope).sum()
+        gradients = torch.autograd.grad(total, [value for _, value in gated], allow_unused=True)
+        for (node, value), gradient in zip(gated, gradients, strict=True):
+            if gradient is not None:
+                layer, axis = network.layer_of[node], network.axis(node)
+                change = (value.detach() * gradient).movedim(axis, 0).flatten(1).sum(1)
+                effects[layer.offset : layer.offset + layer.size] -= change
+
+    # --- values -------------------------------------------------------------------------------------------
+
+    def _wanted(
+        self, node: fx.Node, pruned: frozenset[int], rule: Rule, channels: tuple[int, ...] | None = None
+    ) -> Wanted:
+        relevant = pruned & self.network.upstream[node]
+        return Wanted(node, relevant, rule if relevant else "zero", channels)
+
+    def _values(self, nodes: list[fx.Node], mask: KeepMask, count: int) -> dict[fx.Node, list[Any]]:
+        """The values of `nodes` on the first `count` chunks; those worth it are kept where all chunks are asked for."""
+        wanted = [self._wanted(node, mask.pruned, mask.rule) for node in nodes]
+        self.cache.touch(self._key(self._wanted(node, mask.pruned, mask.rule)) for node in self.network.nodes)
+        plan, known = self._plan(wanted)
+        needed = {self._key(want) for want in known}
+        keep: dict[Wanted, int] = {}
+        for want in reversed(plan) if count == len(self._chunks) else ():
+            size = self._size(want)
+            lasting = want.channels is None and self.network.worth_keeping(want.node)
+            if lasting and self.cache.make_room(size + sum(keep.values()), needed):
+                keep[want] = size
+        found: dict[Wanted, list[Any]] = {want: [] for want in (*wanted, *keep)}
+        uses = Counter(need for needs in plan.values() for need in needs)
+        with torch.no_grad():
+            for i in range(count):
+                values: dict[Wanted, Any] = {}
+                left = uses.copy()
+                for want, needs in plan.items():
+                    inputs = [known[need][i] if need in known else values[need] for need in needs]
+                    values[want] = self._compute(want, inputs, i)
+                    if want in found:
+                        found[want].append(values[want])
+                    left.subtract(needs)
+                    for need in needs:
+                        if left[need] == 0 and need in values:
+                            del values[need]
+        for want, size in keep.items():
+            self.cache.put(self._key(want), size, found[want])
+        return {want.node: known[want] if want in known else found[want] for want in wanted}
+
+    def _key(self, want: Wanted) -> tuple[object, Wanted]:
+        return self._owner, want
+
+    def _size(self, want: Wanted) -> int:
+        shape = shape_of(want.node)
+        return 0 if shape is None else len(self.inputs) * prod(shape[1:]) * want.node.meta["tensor_meta"].dtype.itemsize
+
+    def _plan(self, wanted: list[Wanted]) -> tuple[dict[Wanted, list[Wanted]], dict[Wanted, list[Any]]]:
+        """What has to be computed, in order, each with what it needs; and the values that are known already."""
+        plan: dict[Wanted, list[Wanted]] = {}
+        known: dict[Wanted, list[Any]] = {}
+        stack: list[tuple[Wanted, list[Wanted] | None]] = [(want, None) for want in wanted]
+        while stack:
+            want, needs = stack.pop()
+            if want in plan or want in known:
+                continue
+            if needs is not None:
+                plan[want] = needs
+            elif (value := self.cache.get(self._key(want))) is not None:
+                known[want] = value
+            else:
+                needs = self._needs(want)
+                stack.append((want, needs))
+                stack += [(need, None) for need in needs]
+        return plan, known
+
+    def _needs(self, want: Wanted) -> list[Wanted]:
+        node, pruned, rule, channels = want
+        if channels is not None and self._cut(node):
+            return [want._replace(channels=None)]
+        if changed := self._changed(want):
+            (source,) = node.all_input_nodes
+            opened = pruned - self.network.local[source]
+            return [
+                self._wanted(node, opened, rule),
+                self._wanted(source, pruned, rule, changed),
+                self._wanted(source, opened, rule, changed),
+            ]
+        return [self._wanted(source, pruned, rule, channels) for source in node.all_input_nodes]
+
+    def _cut(self, node: fx.Node) -> bool:
+        """Whether some channels of a node's value are cut out of the whole, rather than computed alone."""
+        return self.network.worth_keeping(node) or not self.network.channelwise(node)
+
+    def _changed(self, want: Wanted) -> tuple[int, ...]:
+        """Input channels by which a convolution's output is brought up to date; none where it is computed whole."""
+        module = self.network.convolution(want.node)
+        if module is None or module.groups != 1:
+            return ()
+        (source,) = want.node.all_input_nodes
+        channels = self.network.channels(want.pruned & self.network.local[source])
+        return channels if len(channels) <= max(2, module.in_channels // SPARSE) else ()
+
+    def _compute(self, want: Wanted, inputs: list[Any], i: int) -> Any:
+        if want.channels is not None and self._cut(want.node):
+            return inputs[0][:, list(want.channels)]
+        if changed := self._changed(want):
+            module = self.network.convolution(want.node)
+            assert module is not None
+            before, new, old = inputs
+            weights = {"weight": module.weight[:, list(changed)]}
+            if module.bias is not None:
+                weights["bias"] = torch.zeros_like(module.bias)
+            return before + functional_call(module, weights, (new - old,))
+        return self._run(want, dict(zip(want.node.all_input_nodes, inputs, strict=True)), i)
+
+    def _run(self, want: Wanted, inputs: dict[fx.Node, Any], i: int) -> Any:
+        if want.node.op == "placeholder":
+            return self._chunks[i]
+        channels = None if want.channels is None else list(want.channels)
+        return self.network.run(want.node, inputs, want.pruned, want.rule, channels)
+
+
+class _Recalled(torch.autograd.Function):
+    """A convolution whose output is known: only the backward pass is left to do."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, value: Tensor, module: Any) -> Tensor:
+        ctx.save_for_backward(source)
+        ctx.module = module
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (source,), m = ctx.saved_tensors, ctx.module
+        back = torch.ops.aten.convolution_backward(
+            gradient,
+            source,
+            m.weight,
+            None,
+            m.stride,
+            m.padding,
+            m.dilation,
+            False,
+            [0],
+            m.groups,
+            [True, False, False],
+        )
+        return back[0], None, None

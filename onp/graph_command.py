@@ -13,12 +13,12 @@ from onp.checkpoints import write_atomically
 from onp.commands import console, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
+from onp.engine import Engine
 from onp.errors import MaskError
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
 from onp.purify import check_network
-from onp.sensitivity import loss_effects
 from onp.units import UnitIndex, index_units
 
 
@@ -44,7 +44,8 @@ def draw(config: GraphCommandConfig) -> None:
     check_network(inputs.model, data)
     pruned = _pruned(config.mask, index)
     unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model
-    effects = {"clean_loss": loss_effects(inputs.model, index, data)}
+    engine = Engine(inputs.model, index, data.inputs)
+    effects = {"clean_loss": engine.effects(KeepMask.all_kept(index), data.cross_entropy)}
     graph = to_networkx(build_graph(index, inputs.model, data.inputs, unlearned, effects, config.graph), index)
     write_atomically(config.out / "graph.graphml", lambda temporary: nx.write_graphml(graph, temporary))
     write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))

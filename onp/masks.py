@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -67,6 +68,11 @@ class KeepMask:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    @cached_property
+    def pruned(self) -> frozenset[int]:
+        """The units that go."""
+        return frozenset((~self.keep).nonzero().flatten().tolist())
 
     @property
     def units_pruned(self) -> int:

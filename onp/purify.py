@@ -145,7 +145,8 @@ class Purification:
         return MethodResult("rnp", mask, 0, time.perf_counter() - start, note, rnp_values=result.values)
 
     def _held_out_objective(self, clues: Clues) -> Objective:
-        return Objective(self.model, clues, self.index, self.held_out, self.config.env.reward)
+        env = self.config.env
+        return Objective(self.model, clues, self.index, self.held_out, env.reward, cache_gib=env.cache_gib)
 
 
 def choose_mask(search: Objective, held_out: Objective, finalists: int) -> KeepMask:

@@ -36,8 +36,8 @@ from onp.errors import ModelError
 UnitKind = Literal["conv", "batch_norm", "linear", "linear_input"]
 KINDS: tuple[UnitKind, ...] = ("conv", "batch_norm", "linear", "linear_input")
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELWISE = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.PReLU)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -150,7 +150,11 @@ def index_units(model: nn.Module, input_shape: tuple[int, ...]) -> UnitIndex:
     return _Tracing(model, input_shape).index()
 
 
-def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
+def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
+    """A traced copy of `model` on the CPU, in eval mode, whose nodes know their shapes for a batch of two images.
+
+    Raises `ModelError` where the network cannot be traced or does not fit the images.
+    """
     traced = copy.deepcopy(model).cpu().eval()
     try:
         graph_module = fx.symbolic_trace(traced)
@@ -181,7 +185,7 @@ class _Tracing:
 
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
         self.type_name = type(model).__name__
-        self.graph_module = _trace(model, input_shape)
+        self.graph_module = trace(model, input_shape)
         self.modules = dict(self.graph_module.named_modules())
         self.output_nodes = self._output_nodes()
         self.layers: list[UnitLayer] = []
@@ -212,10 +216,10 @@ class _Tracing:
             for source in node.all_input_nodes:
                 if source not in found:
                     found.add(source)
-                    if not isinstance(self._module(source), (nn.Linear, *_CONVOLUTIONS)):
+                    if not isinstance(self._module(source), (nn.Linear, *CONVOLUTIONS)):
                         queue.append(source)
         self.output_path = {str(node.target) for node in found if node.op == "call_module"}
-        return {node for node in found if isinstance(self._module(node), (nn.Linear, *_CONVOLUTIONS))}
+        return {node for node in found if isinstance(self._module(node), (nn.Linear, *CONVOLUTIONS))}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -224,14 +228,14 @@ class _Tracing:
 
     def _visit(self, node: fx.Node) -> Reads | None:
         """The units that the channels of the node's output carry; None where that is unknown."""
-        if _shape(node) is None:
+        if shape_of(node) is None:
             return None
         module = self._module(node)
-        if isinstance(module, _CONVOLUTIONS):
+        if isinstance(module, CONVOLUTIONS):
             return self._visit_weighted(node, module, axis=1, size=module.out_channels)
         if isinstance(module, nn.Linear):
             return self._visit_weighted(node, module, axis=len(_require_shape(node)) - 1, size=module.out_features)
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS):
             return self._visit_batch_norm(node, module)
         if (
             isinstance(module, nn.Module)
@@ -262,12 +266,12 @@ class _Tracing:
     def _gating_batch_norm(self, node: fx.Node) -> nn.Module | None:
         users = list(node.users)
         module = self._module(users[0]) if len(users) == 1 else None
-        return module if isinstance(module, _BATCH_NORMS) else None
+        return module if isinstance(module, BATCH_NORMS) else None
 
     def _visit_batch_norm(self, node: fx.Node, module: nn.Module) -> Reads | None:
         source = node.all_input_nodes[0]
         writer = self._module(source)
-        alone = isinstance(writer, (nn.Linear, *_CONVOLUTIONS)) and len(source.users) == 1
+        alone = isinstance(writer, (nn.Linear, *CONVOLUTIONS)) and len(source.users) == 1
         if str(node.target) in self.output_path:
             return None
         if not module.affine:  # no gate here; a convolution's unit would not be zero behind it
@@ -392,10 +396,11 @@ class _Tracing:
         return unit
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Shape of a node's value in a graph made by `trace`; None where that is no tensor."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     return tuple(shape) if shape is not None else None
 
 
 def _require_shape(node: fx.Node) -> tuple[int, ...]:
-    return _shape(node) or ()
+    return shape_of(node) or ()

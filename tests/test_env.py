@@ -289,7 +289,7 @@ def test_observed_effects_are_those_of_the_current_mask(data: DefenceData, clues
     for unit in (int(seen[0].argmax()), 9, 3):
         observation, *_ = env.step(unit)
         mask = mask.without([unit])
-        now = Objective(env.objective.model, clues, env.index, data, REWARD).effects(mask)["score"]  # nothing memoised
+        now = Objective(TinyNet(), clues, env.index, data, REWARD).effects(mask)["score"]  # nothing memoised
         assert observation["effects"].dtype == np.float32 and observation["effects"].shape == (len(env.index),)
         assert np.array_equal(observation["effects"], now.numpy())
         assert (observation["effects"][~mask.keep.numpy()] == 0).all()
@@ -374,8 +374,9 @@ def test_reset_restores_the_start(data: DefenceData, clues: Clues) -> None:
 
 
 def test_an_episode_leaves_both_networks_bit_identical(data: DefenceData, clues: Clues) -> None:
-    env = make_env(data, clues)
-    networks = (env.objective.model, clues.unlearned)
+    model = TinyNet()
+    env = PruningEnv(model, data, EnvConfig(5, reward=REWARD), clues)
+    networks = (model, clues.unlearned)
     before = [copy.deepcopy(network.state_dict()) for network in networks]
     flags = [[parameter.requires_grad for parameter in network.parameters()] for network in networks]
     env.reset()

@@ -25,8 +25,8 @@ from envs.rewards import (
 )
 from onp.config import RewardConfig, TriggerRecoveryConfig
 from onp.data import DefenceData, Normalisation
-from onp.masks import KeepMask, apply_mask, masked
-from onp.sensitivity import first_order_effects, loss_effects
+from onp.engine import Engine
+from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, UnitLayer, index_units
 
@@ -190,6 +190,10 @@ def cross_entropies(data: DefenceData, labels: Tensor) -> Callable[[nn.Module], 
     return lambda model: nn.functional.cross_entropy(model(inputs), labels, reduction="none")
 
 
+def loss_effects(network: nn.Module, index: UnitIndex, data: DefenceData) -> Tensor:
+    return Engine(network, index, data.inputs).effects(KeepMask.all_kept(index), data.cross_entropy)
+
+
 def test_first_order_effects_are_the_slopes_of_the_loss(
     network: nn.Module, index: UnitIndex, data: DefenceData
 ) -> None:
@@ -227,25 +231,25 @@ def test_first_order_effects_of_any_function_are_its_slopes(
 
     inputs = data.inputs
     expected = slopes(network, index, lambda model: function(model(inputs.double())))[:, 0]
-    found = first_order_effects(network, index, inputs, function)
+    whole = KeepMask.all_kept(index)
+    found = Engine(network, index, inputs).effects(whole, function)
     assert torch.allclose(found.double(), expected, atol=1e-5, rtol=1e-3)
     assert float(expected.abs().min()) > 1e-5
-    for batch_size in (1, 7, 19, 20):
-        again = first_order_effects(network, index, inputs, function, batch_size=batch_size)
-        assert torch.allclose(again, found, atol=1e-6, rtol=1e-4), batch_size
-    with torch.no_grad():
-        known = network(inputs)
-    before = known.clone()
-    assert torch.allclose(first_order_effects(network, index, inputs, function, known), found, atol=1e-6, rtol=1e-4)
-    assert torch.equal(known, before) and not known.requires_grad
+    for chunk in (1, 7, 19, 20):
+        again = Engine(network, index, inputs, chunk=chunk).effects(whole, function)
+        assert torch.allclose(again, found, atol=1e-6, rtol=1e-4), chunk
+    engine = Engine(network, index, inputs, chunk=8)
+    few = slopes(network, index, lambda model: function(model(inputs[:11].double())))[:, 0]
+    assert torch.allclose(engine.effects(whole, function, 11).double(), few, atol=1e-5, rtol=1e-3)
 
 
 def test_layers_that_the_outputs_do_not_need_have_no_effect(index: UnitIndex, network: Any, data: DefenceData) -> None:
     network.out.weight.data.zero_()
-    inputs, number = data.inputs, next(i for i, layer in enumerate(index) if layer.module == "hidden")
-    effects = first_order_effects(network, index, inputs, lambda logits: logits.square().mean())
+    number = next(i for i, layer in enumerate(index) if layer.module == "hidden")
+    engine, whole = Engine(network, index, data.inputs), KeepMask.all_kept(index)
+    effects = engine.effects(whole, lambda logits: logits.square().mean())
     assert bool((effects[index.layer_of <= number] == 0).all())
-    constant = first_order_effects(network, index, inputs, lambda logits: 0 * logits.sum() + 1)
+    constant = engine.effects(whole, lambda logits: 0 * logits.sum() + 1)
     assert bool((constant == 0).all())
 
 
@@ -371,9 +375,9 @@ def test_effects_of_the_masked_network_are_those_of_the_function_there(
     mask = some_pruned(index)
     cut = copy.deepcopy(network)
     apply_mask(cut, mask)
-    with masked(network, mask):
-        inside = loss_effects(network, index, data)
-    assert torch.equal(inside, loss_effects(cut, index, data))
+    inside = Engine(network, index, data.inputs).effects(mask, data.cross_entropy)
+    assert bool((inside[~mask.keep] == 0).all())
+    torch.testing.assert_close(inside, loss_effects(cut, index, data), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(inside, loss_effects(network, index, data), atol=1e-3)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SmallCNN(nn.Module):
-    """Four stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128, 128), global average pooling, dropout, linear."""
+    """Four stages of 3 x 3 convolution, batch-norm and ReLU (64, 128, 128, 128), average pooling, dropout, linear."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()

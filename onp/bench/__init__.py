@@ -1,0 +1,1 @@
+"""Benchmarks: what the tool costs and what it reaches, as ratios within one run."""

@@ -1,0 +1,239 @@
+"""A traced network in which every unit layer passes through a gate: the graph that the evaluation engine walks.
+
+A gate multiplies units by 0 or 1, which is what zeroing their parameters does (`onp.masks`), but leaves the weights
+alone, so everything computed before the first gate that closes can be used again.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from onp.masks import Rule
+from onp.units import BATCH_NORMS, CONVOLUTIONS, UnitIndex, UnitLayer, shape_of, trace
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.imul: operator.mul,
+    operator.isub: operator.sub,
+    torch.relu_: torch.relu,
+}
+_CHANNELWISE = {
+    *("ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh"),
+    *("Hardswish", "Hardsigmoid", "Hardtanh", "Softplus", "Identity", "Dropout", "Dropout2d", "AlphaDropout"),
+    *("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d"),
+    *("relu", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "sigmoid", "tanh", "hardswish", "hardsigmoid"),
+    *("dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
+    *("add", "sub", "mul"),
+}
+"""operations that make each channel of their output from the same channel of their inputs, by name"""
+_CHEAP = _CHANNELWISE | {
+    "flatten",
+    "Flatten",
+    "view",
+    "reshape",
+    "mean",
+    "cat",
+    "getattr",
+    "getitem",
+    "size",
+    "contiguous",
+}
+"""operations that cost less than keeping their result"""
+
+
+class GatedNetwork:
+    """A traced copy of `model` in eval mode; batch-norms are folded where a weighted layer alone feeds them.
+
+    The copy does not follow later changes of `model`.
+    """
+
+    def __init__(self, model: nn.Module, index: UnitIndex, input_shape: tuple[int, ...], device: torch.device) -> None:
+        self.index = index
+        self.graph_module = trace(model, input_shape)
+        self.modules = dict(self.graph_module.named_modules())
+        self.layer_of: dict[fx.Node, UnitLayer] = {}
+        """gates and the units that they gate"""
+        self._betas: dict[fx.Node, Tensor] = {}
+        self._never_in_place()
+        for node in list(self.graph_module.graph.nodes):
+            for layer in index if node.op == "call_module" else ():
+                if layer.module == node.target:
+                    self._insert_gate(node, layer)
+        self._fold_batch_norms()
+        self.graph_module.to(memory_format=torch.channels_last).to(device).requires_grad_(False)
+        self._betas = {node: beta.to(device) for node, beta in self._betas.items()}
+        self.nodes = list(self.graph_module.graph.nodes)
+        self.output = self.nodes[-1].all_input_nodes[0]
+        self.upstream: dict[fx.Node, frozenset[int]] = {}
+        """units whose gates a node's value depends on"""
+        self.local: dict[fx.Node, frozenset[int]] = {}
+        """those of them that reach no other channel than their own"""
+        for node in self.nodes:
+            self._place(node)
+        self._interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
+
+    # --- building ---------------------------------------------------------------------------------------
+
+    def _never_in_place(self) -> None:
+        """Values are used again: nothing may change its input."""
+        for module in self.modules.values():
+            if getattr(module, "inplace", False):
+                module.inplace = False
+        for node in self.graph_module.graph.nodes:
+            if node.kwargs.get("inplace"):
+                node.kwargs = {**node.kwargs, "inplace": False}
+            if node.op == "call_function":
+                node.target = _OUT_OF_PLACE.get(node.target, node.target)
+            elif node.op == "call_method":
+                node.target = re.sub("(?<!_)_$", "", str(node.target))
+
+    def _insert_gate(self, node: fx.Node, layer: UnitLayer) -> None:
+        graph = self.graph_module.graph
+        before = layer.kind == "linear_input"
+        source = node.all_input_nodes[0] if before else node
+        with graph.inserting_after(source):
+            gate = graph.call_function(_gate, (source,))
+        gate.meta = dict(source.meta)
+        if before:
+            node.replace_input_with(source, gate)
+        else:
+            source.replace_all_uses_with(gate, lambda user: user is not gate)
+        self.layer_of[gate] = layer
+        if layer.batch_norm is not None:
+            self._betas[gate] = self.modules[layer.batch_norm].get_parameter("bias").detach().clone()
+
+    def _fold_batch_norms(self) -> None:
+        calls = [node.target for node in self.graph_module.graph.nodes if node.op == "call_module"]
+        for node in list(self.graph_module.graph.nodes):
+            module = self._module(node)
+            if not isinstance(module, BATCH_NORMS) or module.running_mean is None or calls.count(node.target) > 1:
+                continue
+            source = node.all_input_nodes[0]
+            writer = self._module(source)
+            if len(source.users) > 1 or calls.count(source.target) > 1:
+                continue
+            if isinstance(writer, CONVOLUTIONS):
+                folded: nn.Module = fuse_conv_bn_eval(writer, module)
+            elif isinstance(writer, nn.Linear) and len(shape_of(source) or ()) == 2:
+                folded = fuse_linear_bn_eval(writer, module)
+            else:
+                continue
+            self.graph_module.set_submodule(str(source.target), folded)
+            self.modules[str(source.target)] = folded
+            node.replace_all_uses_with(source)
+            self.graph_module.graph.erase_node(node)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def _place(self, node: fx.Node) -> None:
+        """Say which units the node's value depends on, and which of them channel by channel."""
+        upstream = frozenset[int]().union(*(self.upstream[source] for source in node.all_input_nodes))
+        local = frozenset[int]()
+        if self.channelwise(node):
+            inputs = node.all_input_nodes
+            tied = frozenset[int]().union(*(self.local[source] for source in inputs))
+            spread = frozenset[int]().union(*(self.upstream[source] - self.local[source] for source in inputs))
+            local = tied - spread
+        if (layer := self.layer_of.get(node)) is not None:
+            units = frozenset(layer.units)
+            if self.channelwise(node):
+                local |= units - (upstream - local)
+            upstream |= units
+        self.upstream[node], self.local[node] = upstream, local
+
+    # --- what the nodes are -------------------------------------------------------------------------------
+
+    def convolution(self, node: fx.Node) -> Convolution | None:
+        """The module of a node that is a convolution with plain zero padding."""
+        module = self._module(node)
+        if not isinstance(module, CONVOLUTIONS) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return None
+        return module
+
+    def channelwise(self, node: fx.Node) -> bool:
+        """Whether channel i (axis 1) of the node's output needs only channel i of its inputs."""
+        shape = shape_of(node)
+        if shape is None or len(shape) < 2 or not node.all_input_nodes:
+            return False
+        if any((shape_of(source) or ())[:2] != shape[:2] for source in node.all_input_nodes):
+            return False
+        if node in self.layer_of:
+            return _axis(self.layer_of[node], len(shape)) == 1
+        module = self._module(node)
+        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        return isinstance(module, BATCH_NORMS) or name in _CHANNELWISE
+
+    def worth_keeping(self, node: fx.Node) -> bool:
+        """Whether a node's value is costly, or needed in more places than one."""
+        module = self._module(node)
+        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        cheap = node in self.layer_of or isinstance(module, BATCH_NORMS) or name in _CHEAP
+        return node.op not in ("placeholder", "get_attr", "output") and (not cheap or len(node.users) > 1)
+
+    def axis(self, gate: fx.Node) -> int:
+        """The axis of a gate's units."""
+        return _axis(self.layer_of[gate], len(shape_of(gate) or ()))
+
+    def channels(self, units: frozenset[int]) -> tuple[int, ...]:
+        """Channels of units that are local to one node."""
+        layers = self.index.layers
+        return tuple(sorted({unit - layers[int(self.index.layer_of[unit])].offset for unit in units}))
+
+    # --- running them -------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        node: fx.Node,
+        inputs: Mapping[fx.Node, Any],
+        pruned: frozenset[int],
+        rule: Rule,
+        channels: list[int] | None,
+    ) -> Any:
+        """The node's value from its inputs' under a mask; with `channels`, for those channels of its inputs alone."""
+        if node in self.layer_of:
+            return self._run_gate(node, inputs[node.all_input_nodes[0]], pruned, rule, channels)
+        module = self._module(node)
+        if channels is not None and isinstance(module, BATCH_NORMS):
+            statistics = module.running_mean, module.running_var, module.weight, module.bias
+            mean, variance, gamma, beta = (None if tensor is None else tensor[channels] for tensor in statistics)
+            (value,) = inputs.values()
+            return nn.functional.batch_norm(value, mean, variance, gamma, beta, eps=module.eps)
+        self._interpreter.env = dict(inputs)
+        return self._interpreter.run_node(node)
+
+    def _run_gate(
+        self, node: fx.Node, value: Tensor, pruned: frozenset[int], rule: Rule, channels: list[int] | None
+    ) -> Tensor:
+        layer = self.layer_of[node]
+        closed = [unit - layer.offset for unit in pruned if unit in layer.units]
+        if not closed:
+            return value
+        keep = value.new_ones(layer.size)
+        keep[closed] = 0
+        shape = [1] * value.ndim
+        shape[_axis(layer, value.ndim)] = -1
+        beta = self._betas[node] if rule == "gamma" else None
+        if channels is not None:
+            keep, beta = keep[channels], None if beta is None else beta[channels]
+        if beta is None:
+            return value * keep.view(shape)
+        return torch.addcmul((beta * (1 - keep)).view(shape), value, keep.view(shape))
+
+
+def _axis(layer: UnitLayer, ndim: int) -> int:
+    """The axis that the units of a layer are on."""
+    return 1 if layer.kind in ("conv", "batch_norm") or layer.batch_norm is not None else ndim - 1
+
+
+def _gate(value: Tensor) -> Tensor:
+    """Marks a gate in the graph; `GatedNetwork` runs it."""
+    return value
