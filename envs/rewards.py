@@ -120,7 +120,7 @@ class Objective:
         data: DefenceData,
         weights: RewardConfig,
         effect_images: int | None = None,
-        cache_gib: float = 4.0,
+        cache_gib: float = 2.0,
     ) -> None:
         self.clues, self.index, self.data = clues, index, data
         self.weights, self.effect_images = weights, effect_images

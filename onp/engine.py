@@ -40,7 +40,7 @@ class Wanted(NamedTuple):
 class ActivationCache:
     """Activations under a bound of `max_bytes` together; the least recently used give way."""
 
-    def __init__(self, max_bytes: int = 4 << 30) -> None:
+    def __init__(self, max_bytes: int = 2 << 30) -> None:
         self.max_bytes = max_bytes
         self.bytes = self.peak_bytes = 0
         self._entries: OrderedDict[Any, tuple[int, list[Any]]] = OrderedDict()
@@ -81,7 +81,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, index: UnitIndex, inputs: Tensor, cache: ActivationCache | None = None, chunk: int = 50
+        self, model: nn.Module, index: UnitIndex, inputs: Tensor, cache: ActivationCache | None = None, chunk: int = 100
     ) -> None:
         self.inputs = inputs
         self.cache = cache if cache is not None else ActivationCache()
