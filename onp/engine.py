@@ -118,11 +118,13 @@ class Engine:
         count = -(-len(slopes) // len(self._chunks[0]))
         covered = sum(len(chunk) for chunk in self._chunks[:count])
         slopes = F.pad(slopes, (0, 0, 0, covered - len(slopes)))
-        convolutions = [node for node in self.network.nodes if self.network.convolution(node) is not None]
-        known = self._values(convolutions, mask, count)
+        recalled = [
+            node for node in self.network.kept if node in self.network.convolutions or node in self.network.sums
+        ]
+        known = self._values(recalled, mask, count)
         effects = slopes.new_zeros(len(mask.index))
         for i, slope in enumerate(slopes.split(len(self._chunks[0]))):
-            self._add_effects(effects, {node: known[node][i] for node in convolutions}, i, slope, mask)
+            self._add_effects(effects, {node: known[node][i] for node in recalled}, i, slope, mask)
         return effects.cpu()
 
     def _add_effects(
@@ -132,15 +134,15 @@ class Engine:
         with torch.enable_grad():
             for node in network.nodes[:-1]:
                 inputs = {source: values[source] for source in node.all_input_nodes}
-                if node in known:
-                    (source,) = inputs.values()
-                    value = (
-                        _Recalled.apply(source, known[node], network.convolution(node))
-                        if source.requires_grad
-                        else known[node]
-                    )
+                if node in network.absorbed:
+                    (value,) = inputs.values()  # its sum goes on from here
+                elif node in known:
+                    convolution, other = network.sums.get(node, (node, None))
+                    source = inputs[convolution] if other else inputs[node.all_input_nodes[0]]
+                    module = network.convolutions[convolution]
+                    value = _Recalled.apply(known[node], module, source, inputs[other] if other else None)
                 else:
-                    value = self._run(Wanted(node, mask.pruned, mask.rule), inputs, i)
+                    value = network.run(node, inputs, mask.pruned, mask.rule) if inputs else self._source(node, i)
                 if node in network.layer_of:
                     value = value if value.requires_grad else value.detach().requires_grad_()
                     gated.append((node, value))
@@ -170,7 +172,7 @@ class Engine:
         keep: dict[Wanted, int] = {}
         for want in reversed(plan) if count == len(self._chunks) else ():
             size = self._size(want)
-            lasting = want.channels is None and self.network.worth_keeping(want.node)
+            lasting = want.channels is None and want.node in self.network.kept
             if lasting and self.cache.make_room(size + sum(keep.values()), needed):
                 keep[want] = size
         found: dict[Wanted, list[Any]] = {want: [] for want in (*wanted, *keep)}
@@ -181,7 +183,9 @@ class Engine:
                 left = uses.copy()
                 for want, needs in plan.items():
                     inputs = [known[need][i] if need in known else values[need] for need in needs]
-                    values[want] = self._compute(want, inputs, i)
+                    last = (need for need in needs if left[need] == 1 and need in values and need not in found)
+                    spare = next((need.node for need in last if self.network.fresh(need.node)), None)
+                    values[want] = self._compute(want, inputs, i, spare)
                     if want in found:
                         found[want].append(values[want])
                     left.subtract(needs)
@@ -223,7 +227,7 @@ class Engine:
         if channels is not None and self._cut(node):
             return [want._replace(channels=None)]
         if changed := self._changed(want):
-            (source,) = node.all_input_nodes
+            (source,) = self._convolution(node).all_input_nodes
             opened = pruned - self.network.local[source]
             return [
                 self._wanted(node, opened, rule),
@@ -234,60 +238,61 @@ class Engine:
 
     def _cut(self, node: fx.Node) -> bool:
         """Whether some channels of a node's value are cut out of the whole, rather than computed alone."""
-        return self.network.worth_keeping(node) or not self.network.channelwise(node)
+        return node in self.network.kept or node not in self.network.channelwise
+
+    def _convolution(self, node: fx.Node) -> fx.Node:
+        """The convolution in a node that is one, or its sum with another node."""
+        return self.network.sums[node][0] if node in self.network.sums else node
 
     def _changed(self, want: Wanted) -> tuple[int, ...]:
-        """Input channels by which a convolution's output is brought up to date; none where it is computed whole."""
-        module = self.network.convolution(want.node)
-        if module is None or module.groups != 1:
+        """Input channels by which a convolution (or its sum) is brought up to date; none where it is computed whole."""
+        network, node = self.network, want.node
+        module = network.convolutions.get(self._convolution(node))
+        if module is None or module.groups != 1 or node in network.absorbed:
             return ()
-        (source,) = want.node.all_input_nodes
-        channels = self.network.channels(want.pruned & self.network.local[source])
+        (source,) = self._convolution(node).all_input_nodes
+        closed = want.pruned & network.local[source]
+        if node in network.sums and closed & network.upstream[network.sums[node][1]]:
+            return ()
+        channels = network.channels(closed)
         return channels if len(channels) <= max(2, module.in_channels // SPARSE) else ()
 
-    def _compute(self, want: Wanted, inputs: list[Any], i: int) -> Any:
-        if want.channels is not None and self._cut(want.node):
-            return inputs[0][:, list(want.channels)]
+    def _compute(self, want: Wanted, inputs: list[Any], i: int, spare: fx.Node | None) -> Any:
+        node, channels = want.node, None if want.channels is None else list(want.channels)
+        if channels is not None and self._cut(node):
+            return inputs[0][:, channels]
         if changed := self._changed(want):
-            module = self.network.convolution(want.node)
-            assert module is not None
+            module = self.network.convolutions[self._convolution(node)]
             before, new, old = inputs
             weights = {"weight": module.weight[:, list(changed)]}
             if module.bias is not None:
                 weights["bias"] = torch.zeros_like(module.bias)
-            return before + functional_call(module, weights, (new - old,))
-        return self._run(want, dict(zip(want.node.all_input_nodes, inputs, strict=True)), i)
+            return functional_call(module, weights, (new - old,)).add_(before)
+        if not inputs:
+            return self._source(node, i)
+        values = dict(zip(node.all_input_nodes, inputs, strict=True))
+        return self.network.run(node, values, want.pruned, want.rule, channels, spare)
 
-    def _run(self, want: Wanted, inputs: dict[fx.Node, Any], i: int) -> Any:
-        if want.node.op == "placeholder":
-            return self._chunks[i]
-        channels = None if want.channels is None else list(want.channels)
-        return self.network.run(want.node, inputs, want.pruned, want.rule, channels)
+    def _source(self, node: fx.Node, i: int) -> Any:
+        """The value of a node without inputs."""
+        return self._chunks[i] if node.op == "placeholder" else self.network.run(node, {}, frozenset(), "zero")
 
 
 class _Recalled(torch.autograd.Function):
-    """A convolution whose output is known: only the backward pass is left to do."""
+    """A convolution, or its sum with another tensor, whose value is known: only the backward pass is left to do."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, value: Tensor, module: Any) -> Tensor:
+    def forward(ctx: Any, value: Tensor, module: Any, source: Tensor, other: Tensor | None) -> Tensor:
         ctx.save_for_backward(source)
         ctx.module = module
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
         (source,), m = ctx.saved_tensors, ctx.module
-        back = torch.ops.aten.convolution_backward(
-            gradient,
-            source,
-            m.weight,
-            None,
-            m.stride,
-            m.padding,
-            m.dilation,
-            False,
-            [0],
-            m.groups,
-            [True, False, False],
-        )
-        return back[0], None, None
+        back: Tensor | None = None
+        if ctx.needs_input_grad[2]:
+            geometry = m.stride, m.padding, m.dilation, False, [0], m.groups
+            wanted = [True, False, False]
+            back = torch.ops.aten.convolution_backward(gradient, source, m.weight, None, *geometry, wanted)[0]
+        return None, None, back, gradient if ctx.needs_input_grad[3] else None

@@ -68,17 +68,27 @@ class GatedNetwork:
                 if layer.module == node.target:
                     self._insert_gate(node, layer)
         self._fold_batch_norms()
+        self._norms = self._join_gates_with_batch_norms()
         self.graph_module.to(memory_format=torch.channels_last).to(device).requires_grad_(False)
         self._betas = {node: beta.to(device) for node, beta in self._betas.items()}
         self.nodes = list(self.graph_module.graph.nodes)
         self.output = self.nodes[-1].all_input_nodes[0]
+        self.convolutions = {node: module for node in self.nodes if (module := self._convolution(node)) is not None}
+        """convolutions with plain zero padding"""
+        self.sums = self._find_sums()
+        """sums of a convolution, which nothing else reads, and another node: (the convolution, the other)"""
+        self.absorbed = {convolution for convolution, _ in self.sums.values()}
+        """those convolutions"""
+        self.channelwise = {node for node in self.nodes if self._is_channelwise(node)}
+        """nodes that make channel i (axis 1) of their output from channel i of their inputs"""
+        self.kept = {node for node in self.nodes if self._is_worth_keeping(node)}
+        """nodes whose value is costly, or needed in more places than one"""
         self.upstream: dict[fx.Node, frozenset[int]] = {}
         """units whose gates a node's value depends on"""
         self.local: dict[fx.Node, frozenset[int]] = {}
         """those of them that reach no other channel than their own"""
         for node in self.nodes:
             self._place(node)
-        self._interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
 
     # --- building ---------------------------------------------------------------------------------------
 
@@ -131,6 +141,38 @@ class GatedNetwork:
             node.replace_all_uses_with(source)
             self.graph_module.graph.erase_node(node)
 
+    def _join_gates_with_batch_norms(self) -> dict[fx.Node, Any]:
+        """A gate behind a batch-norm becomes one node with it: it costs nothing to zero gamma and beta."""
+        joined: dict[fx.Node, Any] = {}
+        for gate in self.layer_of:
+            norm = gate.all_input_nodes[0]
+            if isinstance(self._module(norm), BATCH_NORMS) and len(norm.users) == 1:
+                joined[gate] = self._module(norm)
+                norm.replace_all_uses_with(norm.all_input_nodes[0])
+                self.graph_module.graph.erase_node(norm)
+        return joined
+
+    def _find_sums(self) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+        sums: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        for node in self.nodes:
+            if not self._is_sum(node):
+                continue
+            first, second = node.all_input_nodes
+            for writer, other in ((first, second), (second, first)):
+                if node not in sums and writer in self.convolutions and len(writer.users) == 1:
+                    sums[node] = writer, other
+        return sums
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        """Whether a node adds up two nodes of one shape and does nothing else."""
+        inputs = node.all_input_nodes
+        return (
+            (node.target in (operator.add, torch.add) or (node.op, node.target) == ("call_method", "add"))
+            and len(inputs) == len(node.args) == 2
+            and not node.kwargs
+            and shape_of(inputs[0]) == shape_of(inputs[1]) is not None
+        )
+
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
@@ -138,29 +180,25 @@ class GatedNetwork:
         """Say which units the node's value depends on, and which of them channel by channel."""
         upstream = frozenset[int]().union(*(self.upstream[source] for source in node.all_input_nodes))
         local = frozenset[int]()
-        if self.channelwise(node):
+        if node in self.channelwise:
             inputs = node.all_input_nodes
             tied = frozenset[int]().union(*(self.local[source] for source in inputs))
             spread = frozenset[int]().union(*(self.upstream[source] - self.local[source] for source in inputs))
             local = tied - spread
         if (layer := self.layer_of.get(node)) is not None:
             units = frozenset(layer.units)
-            if self.channelwise(node):
+            if node in self.channelwise:
                 local |= units - (upstream - local)
             upstream |= units
         self.upstream[node], self.local[node] = upstream, local
 
-    # --- what the nodes are -------------------------------------------------------------------------------
-
-    def convolution(self, node: fx.Node) -> Convolution | None:
-        """The module of a node that is a convolution with plain zero padding."""
+    def _convolution(self, node: fx.Node) -> Convolution | None:
         module = self._module(node)
         if not isinstance(module, CONVOLUTIONS) or module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
         return module
 
-    def channelwise(self, node: fx.Node) -> bool:
-        """Whether channel i (axis 1) of the node's output needs only channel i of its inputs."""
+    def _is_channelwise(self, node: fx.Node) -> bool:
         shape = shape_of(node)
         if shape is None or len(shape) < 2 or not node.all_input_nodes:
             return False
@@ -172,12 +210,20 @@ class GatedNetwork:
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         return isinstance(module, BATCH_NORMS) or name in _CHANNELWISE
 
-    def worth_keeping(self, node: fx.Node) -> bool:
-        """Whether a node's value is costly, or needed in more places than one."""
+    def _is_worth_keeping(self, node: fx.Node) -> bool:
+        if node in self.sums or node in self.absorbed:
+            return node in self.sums
         module = self._module(node)
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         cheap = node in self.layer_of or isinstance(module, BATCH_NORMS) or name in _CHEAP
         return node.op not in ("placeholder", "get_attr", "output") and (not cheap or len(node.users) > 1)
+
+    # --- what the nodes are -------------------------------------------------------------------------------
+
+    def fresh(self, node: fx.Node) -> bool:
+        """Whether a node's value is its own, and its one reader may overwrite it."""
+        makes = node in self._norms or node in self.convolutions or isinstance(self._module(node), BATCH_NORMS)
+        return (makes or self._is_sum(node)) and len(node.users) == 1
 
     def axis(self, gate: fx.Node) -> int:
         """The axis of a gate's units."""
@@ -196,29 +242,45 @@ class GatedNetwork:
         inputs: Mapping[fx.Node, Any],
         pruned: frozenset[int],
         rule: Rule,
-        channels: list[int] | None,
+        channels: list[int] | None = None,
+        spare: fx.Node | None = None,
     ) -> Any:
-        """The node's value from its inputs' under a mask; with `channels`, for those channels of its inputs alone."""
+        """The node's value from its inputs' under a mask.
+
+        With `channels`, from those channels of its inputs alone. The value of the input `spare` may be overwritten.
+        """
+        module = self._module(node)
         if node in self.layer_of:
             return self._run_gate(node, inputs[node.all_input_nodes[0]], pruned, rule, channels)
-        module = self._module(node)
-        if channels is not None and isinstance(module, BATCH_NORMS):
-            statistics = module.running_mean, module.running_var, module.weight, module.bias
-            mean, variance, gamma, beta = (None if tensor is None else tensor[channels] for tensor in statistics)
-            (value,) = inputs.values()
-            return nn.functional.batch_norm(value, mean, variance, gamma, beta, eps=module.eps)
-        self._interpreter.env = dict(inputs)
-        return self._interpreter.run_node(node)
+        if isinstance(module, BATCH_NORMS):
+            return _batch_norm(module, inputs[node.all_input_nodes[0]], module.weight, module.bias, channels)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.graph_module)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
+        if spare is not None and self._is_sum(node):
+            (other,) = (inputs[source] for source in node.all_input_nodes if source is not spare)
+            return inputs[spare].add_(other)
+        if spare is not None and (isinstance(module, nn.ReLU) or node.target in (torch.relu, nn.functional.relu)):
+            return torch.relu_(inputs[spare])
+        if module is not None:
+            return module(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _run_gate(
         self, node: fx.Node, value: Tensor, pruned: frozenset[int], rule: Rule, channels: list[int] | None
     ) -> Tensor:
-        layer = self.layer_of[node]
+        layer, norm = self.layer_of[node], self._norms.get(node)
         closed = [unit - layer.offset for unit in pruned if unit in layer.units]
         if not closed:
-            return value
+            return value if norm is None else _batch_norm(norm, value, norm.weight, norm.bias, channels)
         keep = value.new_ones(layer.size)
         keep[closed] = 0
+        if norm is not None:
+            return _batch_norm(
+                norm, value, norm.weight * keep, norm.bias * keep if rule == "zero" else norm.bias, channels
+            )
         shape = [1] * value.ndim
         shape[_axis(layer, value.ndim)] = -1
         beta = self._betas[node] if rule == "gamma" else None
@@ -227,6 +289,15 @@ class GatedNetwork:
         if beta is None:
             return value * keep.view(shape)
         return torch.addcmul((beta * (1 - keep)).view(shape), value, keep.view(shape))
+
+
+def _batch_norm(
+    module: Any, value: Tensor, gamma: Tensor | None, beta: Tensor | None, channels: list[int] | None
+) -> Tensor:
+    statistics = module.running_mean, module.running_var, gamma, beta
+    if channels is not None:
+        statistics = tuple(None if tensor is None else tensor[channels] for tensor in statistics)  # type: ignore[assignment]
+    return nn.functional.batch_norm(value, *statistics, training=module.running_mean is None, eps=module.eps)
 
 
 def _axis(layer: UnitLayer, ndim: int) -> int:

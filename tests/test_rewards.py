@@ -385,8 +385,8 @@ def test_effects_of_broken_outputs_are_finite(network: nn.Module, index: UnitInd
     """They are observations, whose space is finite."""
     trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, data, RewardConfig())
-    with torch.no_grad():
-        network.get_parameter("out.bias").fill_(float("nan"))
+    for engine in objective.engines.values():
+        engine.network.graph_module.get_parameter("out.bias").fill_(float("nan"))
     effects = objective.effects(objective.all_kept.without([0]))
     assert all(bool(torch.isfinite(values).all()) for values in effects.values())
 
@@ -395,8 +395,8 @@ def test_broken_outputs_count_as_the_lowest_worth(network: nn.Module, index: Uni
     trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, data, RewardConfig())
     fine = objective.score(objective.all_kept)
-    with torch.no_grad():
-        network.get_parameter("out.bias").fill_(float("nan"))
+    for engine in objective.engines.values():
+        engine.network.graph_module.get_parameter("out.bias").fill_(float("nan"))
     broken = objective.score(objective.all_kept.without([0]))
     assert math.isfinite(broken.potential) and broken.potential < -1e5 < fine.potential
     assert all(math.isfinite(value) for value in broken.terms.values())
