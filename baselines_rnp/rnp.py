@@ -10,7 +10,7 @@ from baselines_rnp.recover import RecoverConfig, recover, require_batch_norm
 from baselines_rnp.unlearn import Unlearned, unlearn
 from onp.config import UnlearnConfig
 from onp.data import DefenceData
-from onp.engine import Engine
+from onp.engine import ActivationCache, Engine
 from onp.masks import KeepMask
 from onp.units import UnitIndex
 
@@ -60,7 +60,12 @@ def threshold_masks(index: UnitIndex, values: Tensor) -> list[tuple[float, KeepM
 
 
 def choose_threshold(
-    model: nn.Module, index: UnitIndex, values: Tensor, data: DefenceData, max_accuracy_drop: float
+    model: nn.Module,
+    index: UnitIndex,
+    values: Tensor,
+    data: DefenceData,
+    max_accuracy_drop: float,
+    cache: ActivationCache | None = None,
 ) -> tuple[float | None, KeepMask]:
     """The largest threshold up to which clean accuracy falls by no more than `max_accuracy_drop`, with its mask.
 
@@ -68,7 +73,7 @@ def choose_threshold(
     to hold at every smaller threshold too. Where it does not hold at threshold 0, no threshold serves: the
     result is None and the mask that keeps everything.
     """
-    engine = Engine(model, index, data.inputs)
+    engine = Engine(model, index, data.inputs, cache)
     chosen: tuple[float | None, KeepMask] = (None, KeepMask.all_kept(index, rule="gamma"))
     correct = _correct(engine, chosen[1], data)
     for threshold, mask in threshold_masks(index, values):

@@ -15,6 +15,7 @@ from baselines_rnp.unlearn import unlearn
 from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig
 from onp.data import DefenceData
+from onp.engine import ActivationCache
 from onp.graph import build_graph
 from onp.masks import KeepMask
 from onp.trigger_recovery import recover_trigger
@@ -67,7 +68,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
 
     ## Arguments
     `model`: the network, giving logits; `data`: the clean images to score masks on; `config`: see `EnvConfig`;
-    `clues`: what the reward needs besides (made from the network and `data` when None, with `seed`).
+    `clues`: what the reward needs besides (made from the network and `data` when None, with `seed`); `index`: the
+    network's units and `cache`: memory for activations (made when None; several environments may share them).
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's convention)
@@ -80,13 +82,13 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         clues: Clues | None = None,
         seed: int = 0,
         index: UnitIndex | None = None,
+        cache: ActivationCache | None = None,
     ) -> None:
         self.config = config or EnvConfig()
         self.index = index or index_units(model, data.input_shape)
         clues = clues or find_clues(model, data, self.config, seed)
-        self.objective = Objective(
-            model, clues, self.index, data, self.config.reward, self.config.effect_images, self.config.cache_gib
-        )
+        cache = cache or ActivationCache.of_gib(self.config.cache_gib)
+        self.objective = Objective(model, clues, self.index, data, self.config.reward, self.config.effect_images, cache)
         self.effects = {
             **self.objective.effects(self.objective.all_kept),
             "clean_loss": self.objective.engines["pruned"].effects(self.objective.all_kept, data.cross_entropy),

@@ -108,8 +108,7 @@ class Objective:
     """Scores masks of one network on one set of clean images; a mask seen before is answered from memory.
 
     `evaluations` counts distinct masks scored, and sensitivity passes. Effects are estimated on the first
-    `effect_images` images (all by default), scores always on all. Activations kept between masks take up to
-    `cache_gib` GiB.
+    `effect_images` images (all by default), scores always on all. `cache` keeps activations between masks.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Objective:
         data: DefenceData,
         weights: RewardConfig,
         effect_images: int | None = None,
-        cache_gib: float = 2.0,
+        cache: ActivationCache | None = None,
     ) -> None:
         self.clues, self.index, self.data = clues, index, data
         self.weights, self.effect_images = weights, effect_images
@@ -129,7 +128,7 @@ class Objective:
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
         others = data.images[data.labels != clues.trigger.target]
         triggered = data.normalise(clues.trigger(others if len(others) else data.images))
-        cache = ActivationCache(int(cache_gib * 2**30))
+        cache = cache or ActivationCache()
         self.engines = {
             "pruned": Engine(model, index, data.inputs, cache),
             "unlearned": Engine(clues.unlearned, index, data.inputs, cache),

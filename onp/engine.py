@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from onp.errors import ModelError
 from onp.gated import GatedNetwork
@@ -26,6 +25,9 @@ from onp.units import UnitIndex, shape_of
 
 SPARSE = 32
 """a convolution is updated by channels where at most one in so many of its inputs has changed, or at most two"""
+
+WORKSPACE = 128 << 20
+"""bytes for the activations of the images that go through at a time"""
 
 
 class Wanted(NamedTuple):
@@ -38,12 +40,20 @@ class Wanted(NamedTuple):
 
 
 class ActivationCache:
-    """Activations under a bound of `max_bytes` together; the least recently used give way."""
+    """Activations under a bound of `max_bytes` together; the least recently used give way.
+
+    The bound includes `workspace`, the bytes that the engines need besides while they compute.
+    """
 
     def __init__(self, max_bytes: int = 2 << 30) -> None:
         self.max_bytes = max_bytes
-        self.bytes = self.peak_bytes = 0
+        self.workspace = self.bytes = self.peak_bytes = 0
         self._entries: OrderedDict[Any, tuple[int, list[Any]]] = OrderedDict()
+
+    @classmethod
+    def of_gib(cls, size: float) -> ActivationCache:
+        """A cache of so many GiB."""
+        return cls(int(size * 2**30))
 
     def get(self, key: Any) -> list[Any] | None:
         """The value of `key`, chunk by chunk; None where it is not here."""
@@ -57,10 +67,11 @@ class ActivationCache:
 
     def make_room(self, size: int, needed: set[Any]) -> bool:
         """Whether `size` bytes fit when all that is not `needed` may give way; what has to give way does."""
-        if size + sum(self._entries[key][0] for key in needed) > self.max_bytes:
+        limit = self.max_bytes - self.workspace
+        if size + sum(self._entries[key][0] for key in needed) > limit:
             return False
         for key in [key for key in self._entries if key not in needed]:
-            if self.bytes + size <= self.max_bytes:
+            if self.bytes + size <= limit:
                 break
             self.bytes -= self._entries.pop(key)[0]
         return True
@@ -76,16 +87,26 @@ class Engine:
     """Logits of one network on one set of inputs, mask by mask, and first-order effects of pruning one unit more.
 
     `inputs` has shape (n, channels, height, width), already normalised. The engine works on a copy of the network in
-    eval mode; several engines may share one `cache`; `chunk` images go through at a time. Raises `ModelError` where
-    the copy does not reproduce the network: its `forward` changes tensors in place that it uses again.
+    eval mode; several engines may share one `cache`. `chunk` images go through at a time, by default as many as
+    `WORKSPACE` holds the activations of, but 100 at the most. Raises `ModelError` where the copy does not reproduce the
+    network: its `forward` changes tensors in place that it uses again.
     """
 
     def __init__(
-        self, model: nn.Module, index: UnitIndex, inputs: Tensor, cache: ActivationCache | None = None, chunk: int = 100
+        self,
+        model: nn.Module,
+        index: UnitIndex,
+        inputs: Tensor,
+        cache: ActivationCache | None = None,
+        chunk: int | None = None,
     ) -> None:
         self.inputs = inputs
         self.cache = cache if cache is not None else ActivationCache()
         self.network = GatedNetwork(model, index, tuple(inputs.shape[1:]), inputs.device)
+        per_image = sum(map(self._bytes_per_image, self.network.nodes))
+        chunk = chunk or min(max(WORKSPACE // per_image, 10), 100)
+        # A pass for effects holds every activation of a chunk, and a gradient of each.
+        self.cache.workspace = max(self.cache.workspace, 2 * chunk * per_image)
         self._chunks = [part.contiguous(memory_format=torch.channels_last) for part in inputs.split(chunk)]
         self._owner = object()  # of our keys in the cache; not self, lest a cycle keep the activations alive
         self._check(model)
@@ -116,15 +137,13 @@ class Engine:
         logits = self.logits(mask)[:images].requires_grad_()
         (slopes,) = torch.autograd.grad(function(logits), logits)
         count = -(-len(slopes) // len(self._chunks[0]))
-        covered = sum(len(chunk) for chunk in self._chunks[:count])
-        slopes = F.pad(slopes, (0, 0, 0, covered - len(slopes)))
         recalled = [
             node for node in self.network.kept if node in self.network.convolutions or node in self.network.sums
         ]
         known = self._values(recalled, mask, count)
         effects = slopes.new_zeros(len(mask.index))
         for i, slope in enumerate(slopes.split(len(self._chunks[0]))):
-            self._add_effects(effects, {node: known[node][i] for node in recalled}, i, slope, mask)
+            self._add_effects(effects, {node: known[node][i][: len(slope)] for node in recalled}, i, slope, mask)
         return effects.cpu()
 
     def _add_effects(
@@ -143,6 +162,7 @@ class Engine:
                     value = _Recalled.apply(known[node], module, source, inputs[other] if other else None)
                 else:
                     value = network.run(node, inputs, mask.pruned, mask.rule) if inputs else self._source(node, i)
+                    value = value[: len(slope)] if node.op == "placeholder" else value
                 if node in network.layer_of:
                     value = value if value.requires_grad else value.detach().requires_grad_()
                     gated.append((node, value))
@@ -152,8 +172,8 @@ class Engine:
         for (node, value), gradient in zip(gated, gradients, strict=True):
             if gradient is not None:
                 layer, axis = network.layer_of[node], network.axis(node)
-                change = (value.detach() * gradient).movedim(axis, 0).flatten(1).sum(1)
-                effects[layer.offset : layer.offset + layer.size] -= change
+                others = [dim for dim in range(value.ndim) if dim != axis]
+                effects[layer.offset : layer.offset + layer.size] -= (value.detach() * gradient).sum(others)
 
     # --- values -------------------------------------------------------------------------------------------
 
@@ -171,7 +191,7 @@ class Engine:
         needed = {self._key(want) for want in known}
         keep: dict[Wanted, int] = {}
         for want in reversed(plan) if count == len(self._chunks) else ():
-            size = self._size(want)
+            size = len(self.inputs) * self._bytes_per_image(want.node)
             lasting = want.channels is None and want.node in self.network.kept
             if lasting and self.cache.make_room(size + sum(keep.values()), needed):
                 keep[want] = size
@@ -199,9 +219,9 @@ class Engine:
     def _key(self, want: Wanted) -> tuple[object, Wanted]:
         return self._owner, want
 
-    def _size(self, want: Wanted) -> int:
-        shape = shape_of(want.node)
-        return 0 if shape is None else len(self.inputs) * prod(shape[1:]) * want.node.meta["tensor_meta"].dtype.itemsize
+    def _bytes_per_image(self, node: fx.Node) -> int:
+        shape = shape_of(node)
+        return 0 if shape is None else prod(shape[1:]) * node.meta["tensor_meta"].dtype.itemsize
 
     def _plan(self, wanted: list[Wanted]) -> tuple[dict[Wanted, list[Wanted]], dict[Wanted, list[Any]]]:
         """What has to be computed, in order, each with what it needs; and the values that are known already."""

@@ -25,6 +25,7 @@ from envs.rewards import Clues, Objective
 from onp.checkpoints import load_checkpoint
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
+from onp.engine import ActivationCache
 from onp.errors import ConfigError, DataError, ModelError
 from onp.graph import EDGE_FEATURES, FEATURES
 from onp.masks import KeepMask, apply_mask
@@ -93,6 +94,7 @@ class Purification:
         if config.policy is not None:
             load_checkpoint(blank_policy(config.agent, len(FEATURES), len(EDGE_FEATURES)), config.policy)
         self.search_data, self.held_out = data.halves(config.seed)
+        self.cache = ActivationCache.of_gib(config.env.cache_gib)
 
     @cached_property
     def timed_clues(self) -> tuple[Clues, float]:
@@ -107,7 +109,7 @@ class Purification:
             return self._run_rnp()
         clues, shared_seconds = self.timed_clues
         start = time.perf_counter()
-        env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index)
+        env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index, cache=self.cache)
         report = partial(progress, method)
         curve = agent = None
         if method == "onp":
@@ -136,7 +138,7 @@ class Purification:
         except ModelError as error:
             return MethodResult("rnp", None, note=str(error))
         limit = config.rnp.max_accuracy_drop
-        threshold, mask = choose_threshold(self.model, self.index, result.values, self.data, limit)
+        threshold, mask = choose_threshold(self.model, self.index, result.values, self.data, limit, self.cache)
         note = (
             f"threshold {threshold}"
             if threshold is not None
@@ -145,8 +147,7 @@ class Purification:
         return MethodResult("rnp", mask, 0, time.perf_counter() - start, note, rnp_values=result.values)
 
     def _held_out_objective(self, clues: Clues) -> Objective:
-        env = self.config.env
-        return Objective(self.model, clues, self.index, self.held_out, env.reward, cache_gib=env.cache_gib)
+        return Objective(self.model, clues, self.index, self.held_out, self.config.env.reward, cache=self.cache)
 
 
 def choose_mask(search: Objective, held_out: Objective, finalists: int) -> KeepMask:

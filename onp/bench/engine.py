@@ -127,9 +127,7 @@ class _Bench:
 
     def engine(self, images: int | None = None) -> Engine:
         """A fresh engine that has seen the unpruned network."""
-        engine = Engine(
-            self.model, self.index, self.images[:images], ActivationCache(int(self.config.cache_gib * 2**30))
-        )
+        engine = Engine(self.model, self.index, self.images[:images], ActivationCache.of_gib(self.config.cache_gib))
         return engine
 
     def rows(self) -> list[Row]:
