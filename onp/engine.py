@@ -103,7 +103,7 @@ class Engine:
         self.inputs = inputs
         self.cache = cache if cache is not None else ActivationCache()
         self.network = GatedNetwork(model, index, tuple(inputs.shape[1:]), inputs.device)
-        per_image = sum(map(self._bytes_per_image, self.network.nodes))
+        per_image = sum(map(self.bytes_per_image, self.network.nodes))
         chunk = chunk or min(max(WORKSPACE // per_image, 10), 100)
         # A pass for effects holds every activation of a chunk, and a gradient of each.
         self.cache.workspace = max(self.cache.workspace, 2 * chunk * per_image)
@@ -191,7 +191,7 @@ class Engine:
         needed = {self._key(want) for want in known}
         keep: dict[Wanted, int] = {}
         for want in reversed(plan) if count == len(self._chunks) else ():
-            size = len(self.inputs) * self._bytes_per_image(want.node)
+            size = len(self.inputs) * self.bytes_per_image(want.node)
             lasting = want.channels is None and want.node in self.network.kept
             if lasting and self.cache.make_room(size + sum(keep.values()), needed):
                 keep[want] = size
@@ -219,7 +219,8 @@ class Engine:
     def _key(self, want: Wanted) -> tuple[object, Wanted]:
         return self._owner, want
 
-    def _bytes_per_image(self, node: fx.Node) -> int:
+    def bytes_per_image(self, node: fx.Node) -> int:
+        """Size of a node's value for one image."""
         shape = shape_of(node)
         return 0 if shape is None else prod(shape[1:]) * node.meta["tensor_meta"].dtype.itemsize
 

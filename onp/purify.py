@@ -126,7 +126,9 @@ class Purification:
         if config.policy is not None:
             load_checkpoint(agent.policy, config.policy)
         # A step costs a mask and a sensitivity pass; the last episode, the learned policy's own, is paid in advance.
-        curve = train_agent(agent, config.agent, config.budget - 2 * (config.env.max_steps + 1), report)
+        curve = train_agent(
+            agent, config.agent, config.budget - 2 * (config.env.max_steps + config.agent.n_envs), report
+        )
         roll_out(agent, env)
         return curve, agent
 

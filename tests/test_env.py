@@ -17,6 +17,7 @@ import torch
 from gymnasium.utils import env_checker
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.env_checker import check_env as sb3_check
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
 import envs  # noqa: F401 (registers the environment)
@@ -371,6 +372,29 @@ def test_reset_restores_the_start(data: DefenceData, clues: Clues) -> None:
     assert restored["units_pruned"] == restored["invalid_actions"] == 0
     assert restored["potential"] == info["potential"]
     assert [env.step(unit)[1] for unit in (2, 11)] == rewards
+
+
+def test_twins_in_a_vectorised_environment_go_the_way_of_single_ones(data: DefenceData, clues: Clues) -> None:
+    episodes = ((3, 7, 7, 1, 0), (12, 3, 22, 5, 1), (2, 11, 4, 9, 8))
+    env = make_env(data, clues)
+    together = DummyVecEnv([env.twin for _ in episodes])
+    singles = [make_env(data, clues) for _ in episodes]
+    seen = together.reset()
+    for single, row in zip(singles, range(3), strict=True):
+        observation, _ = single.reset()
+        assert all(np.array_equal(seen[key][row], observation[key]) for key in observation)
+    for actions in zip(*episodes, strict=True):
+        seen, rewards, dones, infos = together.step(np.array(actions))
+        for row, (single, action) in enumerate(zip(singles, actions, strict=True)):
+            observation, reward, terminated, _, info = single.step(action)
+            now = infos[row]["terminal_observation"] if dones[row] else {key: seen[key][row] for key in seen}
+            assert all(np.array_equal(now[key], observation[key]) for key in observation)
+            assert rewards[row] == np.float32(reward) and bool(dones[row]) == terminated
+            assert infos[row]["keep_mask"] == info["keep_mask"] and infos[row]["terms"] == info["terms"]
+            assert infos[row]["invalid_actions"] == info["invalid_actions"]
+    assert env.reward_evaluations == infos[-1]["reward_evaluations"]  # shared
+    assert env.reward_evaluations < sum(single.reward_evaluations for single in singles)
+    assert env.mask == env.objective.all_kept
 
 
 def test_an_episode_leaves_both_networks_bit_identical(data: DefenceData, clues: Clues) -> None:

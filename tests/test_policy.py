@@ -6,6 +6,7 @@ import copy
 import math
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from agents.policy import GraphPolicy, PointerNetwork
-from agents.ppo import build_agent
+from agents.ppo import build_agent, train_agent
 from envs.pruning import PruningEnv
 from envs.rewards import Clues
 from onp.checkpoints import load_checkpoint, save_weights
@@ -282,6 +283,30 @@ def test_every_parameter_is_optimised(env: PruningEnv) -> None:
     moved = [name for name, value in agent.policy.state_dict().items() if not torch.equal(value, before[name])]
     unmoved = sorted(set(before) - set(moved))
     assert not unmoved, f"one update leaves {unmoved} as they were"
+
+
+def test_the_rollout_buffer_holds_a_few_bytes_per_unit_and_step(env: PruningEnv) -> None:
+    """At most 8 per unit, besides a few numbers per step; nothing in it grows with the edges."""
+    units, per_step = [], []
+    for width in (6, 30):
+        agent = build_agent(make_env(width), CONFIG, seed=0)
+        agent.learn(CONFIG.n_steps)
+        buffer = agent.rollout_buffer
+        arrays = [value for value in vars(buffer).values() if isinstance(value, np.ndarray)]
+        observed = sum(array.nbytes for array in buffer.observations.values())  # type: ignore[attr-defined]
+        per_step.append((observed + sum(array.nbytes for array in arrays)) / CONFIG.n_steps)
+        units.append(len(make_env(width).index))
+    assert (per_step[1] - per_step[0]) / (units[1] - units[0]) <= 8
+    assert per_step[0] <= 8 * units[0] + 64
+
+
+def test_environments_that_advance_together_learn_within_the_budget(env: PruningEnv) -> None:
+    config = replace(CONFIG, n_envs=3)
+    agent = build_agent(env, config, seed=0)
+    curve = train_agent(agent, config, 60, lambda used, budget: None)
+    assert agent.n_envs == 3 and agent.num_timesteps % 3 == 0
+    assert len(curve.returns) >= 3 and agent._n_updates > 0
+    assert 60 <= env.reward_evaluations < 60 + 2 * 3
 
 
 def test_weights_move_between_networks_of_different_size(env: PruningEnv, tmp_path: Path) -> None:

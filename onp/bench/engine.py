@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from agents.ppo import build_agent
-from envs.pruning import PruningEnv
+from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues
+from onp import load_defence_data
 from onp.checkpoints import load_checkpoint, write_atomically
 from onp.commands import console
 from onp.config import AgentConfig, EnvConfig
@@ -30,7 +32,7 @@ from onp.errors import ConfigError
 from onp.masks import KeepMask, masked
 from onp.models import build_model
 from onp.trigger_recovery import RecoveredTrigger
-from onp.units import UnitIndex, index_units
+from onp.units import index_units
 
 SHAPE = (3, 32, 32)
 NAIVE_BATCHES = (50, 125, 500)
@@ -45,8 +47,10 @@ class EngineBenchConfig:
     """registered networks, with random weights"""
     checkpoint: Path | None = None
     """weights for the network, where there is only one"""
+    data: Path | None = None
+    """folder of 32 x 32 images (train/CLASS/IMAGE) to evaluate on and find clues with; without it both are made up"""
     images: int = 500
-    """random images of 3 x 32 x 32"""
+    """how many images"""
     masks: int = 48
     """masks per sequence"""
     threads: int = 2
@@ -92,7 +96,12 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
         model = build_model(name, SHAPE[0], 10).eval()
         if config.checkpoint is not None:
             load_checkpoint(model, config.checkpoint)
-        bench = _Bench(name, model.to(device), torch.rand(config.images, *SHAPE, device=device), config)
+        model.to(device)
+        data = _data(config).to(device)
+        clues = (
+            _made_up_clues(model, data) if config.data is None else find_clues(model, data, EnvConfig(), config.seed)
+        )
+        bench = _Bench(name, model, data, clues, config)
         rows += bench.rows()
         console.print(_table(rows[-3:], f"{name}, {config.images} images, {config.threads} threads, {device}"))
         bench.report_costs()
@@ -104,10 +113,10 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
 class _Bench:
     """One network with its images."""
 
-    def __init__(self, name: str, model: nn.Module, images: Tensor, config: EngineBenchConfig) -> None:
-        self.name, self.model, self.images, self.config = name, model, images, config
+    def __init__(self, name: str, model: nn.Module, data: DefenceData, clues: Clues, config: EngineBenchConfig) -> None:
+        self.name, self.model, self.data, self.clues, self.config = name, model, data, clues, config
+        self.images = data.inputs
         self.index = index_units(model, SHAPE)
-        self.labels = torch.randint(10, (len(images),), generator=torch.Generator().manual_seed(1)).to(images.device)
         whole = KeepMask.all_kept(self.index)
         self.batch = min(
             NAIVE_BATCHES, key=lambda size: min(self.seconds(lambda: self.naive(whole, size)) for _ in range(2))
@@ -126,12 +135,11 @@ class _Bench:
             return torch.cat([self.model(part) for part in self.images.split(batch or self.batch)])
 
     def engine(self, images: int | None = None) -> Engine:
-        """A fresh engine that has seen the unpruned network."""
-        engine = Engine(self.model, self.index, self.images[:images], ActivationCache.of_gib(self.config.cache_gib))
-        return engine
+        """A fresh engine, which has seen the unpruned network."""
+        return Engine(self.model, self.index, self.images[:images], ActivationCache.of_gib(self.config.cache_gib))
 
     def rows(self) -> list[Row]:
-        episodes, self.outside = _record(self.model, self.index, self.images[:32], self.labels[:32], self.config)
+        episodes, self.outside = self.record()
         generator = np.random.default_rng(self.config.seed)
         spaced = np.linspace(0, len(self.index) - 1, self.config.masks).astype(int)
         added = KeepMask.all_kept(self.index).without(generator.permutation(spaced).tolist()).path()[1:]
@@ -142,22 +150,29 @@ class _Bench:
         return [self.row("ppo", episodes), self.row("added", added), self.row("random", random)]
 
     def row(self, sequence: Sequence, masks: list[KeepMask]) -> Row:
-        """Every mask through the engine, and every sixth through the plain network in between."""
-        deviation, fast, slow = 0.0, [], []
+        """Every mask through the engine, and every sixth through the plain network in between.
+
+        That is the second time. The first shows the memory used, which only later comes without page faults, as it does
+        in any run of some hundred masks.
+        """
         with _peak_memory(self.images.device) as peak:
             engine = self.engine()
-            for i, mask in enumerate(masks):
-                fast.append(self.seconds(lambda mask=mask: engine.logits(mask)))  # type: ignore[misc]
-                if i % 6 == 0:
-                    slow.append(self.seconds(lambda mask=mask: self.naive(mask)))  # type: ignore[misc]
-                    losses = [
-                        float(F.cross_entropy(logits, self.labels))
-                        for logits in (engine.logits(mask), self.naive(mask))
-                    ]
-                    deviation = max(deviation, abs(losses[0] / losses[1] - 1))
-        remembered = self.seconds(lambda: engine.logits(masks[-1]))
+            for mask in masks:
+                engine.logits(mask)
+        engine, deviation = self.engine(), 0.0
+        fast, slow = list[float](), list[float]()
+        for i, mask in enumerate(masks):
+            fast.append(self.seconds(partial(engine.logits, mask)))
+            if i % 6 == 0:
+                slow.append(self.seconds(partial(self.naive, mask)))
+                pair = [self.loss(engine.logits(mask)), self.loss(self.naive(mask))]
+                deviation = max(deviation, abs(pair[0] / pair[1] - 1))
+        remembered = self.seconds(partial(engine.logits, masks[-1]))
         naive, quick = 1 / float(np.mean(slow)), 1 / float(np.mean(fast))
         return Row(self.name, sequence, naive, quick, quick / naive, 1 / remembered, deviation, peak[0])
+
+    def loss(self, logits: Tensor) -> float:
+        return float(self.data.cross_entropy(logits.double()))
 
     def report_costs(self) -> None:
         """How the engine's cost grows with depth, images and masks, and what PPO costs besides."""
@@ -170,62 +185,85 @@ class _Bench:
         )
         table.add_column("what")
         table.add_column("cost", justify="right")
+
+        def cost(engine: Engine, units: list[int]) -> float:
+            masks = [whole.without([unit]) for unit in units]
+            return self.seconds(lambda: [engine.logits(mask) for mask in masks]) / naive
+
         for layer in depths:
-            costs = [self.seconds(lambda unit=unit: engine.logits(whole.without([unit]))) for unit in layer.units[:3]]  # type: ignore[misc]
-            table.add_row(f"one unit of {layer.name}", f"{np.mean(costs) / naive:.3f}")
-        unit = depths[2].offset
+            table.add_row(f"one unit of {layer.name}", f"{cost(engine, [*layer.units[:3]]) / 3:.3f}")
+        middle = depths[2]
         for images in (len(self.images) // 4, len(self.images) // 2, len(self.images)):
             part = self.engine(images)
-            table.add_row(
-                f"one unit of {depths[2].name}, {images} images",
-                f"{self.seconds(lambda part=part: part.logits(whole.without([unit]))) / naive:.3f}",  # type: ignore[misc]
-            )
-        for count in (1, 4, 16):
-            masks = [whole.without([depths[2].offset + 3 + count + i]) for i in range(count)]
-            cost = self.seconds(lambda masks=masks: [engine.logits(mask) for mask in masks]) / naive  # type: ignore[misc]
-            table.add_row(f"{count} masks, one unit of {depths[2].name} each", f"{cost:.3f}")
+            table.add_row(f"one unit of {middle.name}, {images} images", f"{cost(part, [*middle.units[:3]]) / 3:.3f}")
+        for start, count in ((3, 1), (4, 4), (8, 16)):
+            units = [middle.units[(start + i) % middle.size] for i in range(count)]
+            table.add_row(f"{count} masks, one unit of {middle.name} each", f"{cost(engine, units):.3f}")
         effects = self.seconds(
             lambda: engine.effects(whole, lambda logits: logits.square().mean(), EnvConfig().effect_images)
         )
-        table.add_row(f"first-order effects of all units, {EnvConfig().effect_images} images", f"{effects / naive:.3f}")
+        images = min(EnvConfig().effect_images, len(self.images))
+        table.add_row(f"first-order effects of all units, {images} images", f"{effects / naive:.3f}")
         table.add_row("PPO outside the engine, per step", f"{self.outside / naive:.3f}")
+        with FlopCounterMode(display=False) as counter:
+            self.naive(whole)
+        work, size = counter.get_total_flops() / 2, 2048
+        square, block = (
+            torch.rand(size, size, device=self.images.device),
+            torch.rand(1 << 26, device=self.images.device),
+        )
+        product = size**3 / min(self.seconds(lambda: square @ square) for _ in range(5))
+        copied = 2 * block.nbytes / min(self.seconds(block.clone) for _ in range(5))
+        kept = sum(map(engine.bytes_per_image, engine.network.kept)) * len(self.images)
+        table.add_section()
+        table.add_row("multiply-adds of a plain evaluation", f"{work / 1e9:.1f} G")
+        table.add_row("the same per second", f"{work / naive / 1e9:.0f} G")
+        table.add_row("multiply-adds per second of a matrix product", f"{product / 1e9:.0f} G")
+        table.add_row("activations kept for one mask", f"{kept / 1e6:.0f} MB")
+        table.add_row("bytes per second of a copy, read and written", f"{copied / 1e9:.1f} GB")
         console.print(table)
 
+    def record(self) -> tuple[list[KeepMask], float]:
+        """Masks in the order in which PPO asks for them, and PPO's seconds per step outside the engine.
 
-def _record(
-    model: nn.Module, index: UnitIndex, images: Tensor, labels: Tensor, config: EngineBenchConfig
-) -> tuple[list[KeepMask], float]:
-    """Masks in the order in which PPO asks for them, and PPO's seconds per step outside the engine.
+        On random images a few are enough: which masks are asked for depends on them, what they cost elsewhere does not.
+        """
+        few = self.data if self.config.data else self.data.subset(torch.arange(min(32, len(self.data))))
+        env = PruningEnv(self.model, few, EnvConfig(), self.clues, index=self.index)
+        inside = 0.0
 
-    A few images are enough: which masks are asked for depends on them, what they cost elsewhere does not.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    patch = torch.zeros(1, *SHAPE[1:], device=images.device)
+        def timed(job: Callable[[KeepMask], Any]) -> Callable[[KeepMask], Any]:
+            def run(mask: KeepMask) -> Any:
+                nonlocal inside
+                start = time.perf_counter()
+                found = job(mask)
+                inside += time.perf_counter() - start
+                return found
+
+            return run
+
+        objective: Any = env.objective
+        objective.score, objective.effects = timed(objective.score), timed(objective.effects)
+        agent = build_agent(env, AgentConfig(), self.config.seed)
+        start, steps = time.perf_counter(), 0
+        while len(env.objective.scores) <= self.config.masks and steps < 100 * self.config.masks:
+            agent.learn(agent.n_steps, reset_num_timesteps=False)
+            steps += agent.n_steps
+        outside = (time.perf_counter() - start - inside) / steps
+        return [mask for mask, _ in env.objective.scores.values()][1 : self.config.masks + 1], outside
+
+
+def _data(config: EngineBenchConfig) -> DefenceData:
+    if config.data is not None:
+        return load_defence_data(config.data, size=config.images, seed=config.seed)
+    labels = torch.arange(config.images) % 10
+    return DefenceData(torch.rand(config.images, *SHAPE), labels, 10)
+
+
+def _made_up_clues(model: nn.Module, data: DefenceData) -> Clues:
+    patch = torch.zeros(1, *SHAPE[1:], device=data.images.device)
     patch[:, -3:, -3:] = 1
-    clues = Clues(
-        model, RecoveredTrigger(0, patch, torch.rand(SHAPE, generator=generator).to(images.device), (1.0, 9.0))
-    )
-    env = PruningEnv(model, DefenceData(images, labels, 10), EnvConfig(), clues, index=index)
-    inside = 0.0
-
-    def timed(job: Callable[[KeepMask], object]) -> Callable[[KeepMask], object]:
-        def run(mask: KeepMask) -> object:
-            nonlocal inside
-            start = time.perf_counter()
-            found = job(mask)
-            inside += time.perf_counter() - start
-            return found
-
-        return run
-
-    env.objective.score, env.objective.effects = timed(env.objective.score), timed(env.objective.effects)  # type: ignore
-    agent = build_agent(env, AgentConfig(), config.seed)
-    start, steps = time.perf_counter(), 0
-    while len(env.objective.scores) <= config.masks and steps < 100 * config.masks:
-        agent.learn(agent.n_steps, reset_num_timesteps=False)
-        steps += agent.n_steps
-    outside = (time.perf_counter() - start - inside) / steps
-    return [mask for mask, _ in env.objective.scores.values()][1 : config.masks + 1], outside
+    return Clues(model, RecoveredTrigger(0, patch, torch.rand_like(data.images[0]), (1.0, 9.0)))
 
 
 @contextmanager
