@@ -175,6 +175,9 @@ class Objective:
             terms = {name: _finite(float(term(outputs))) for name, term in TERMS.items()}
             total = sum(getattr(self.weights, name) * value for name, value in terms.items())
             self.scores[mask.key] = (mask, Score(total, terms))
+        else:  # an episode may go on from here
+            for engine in self.engines.values():
+                engine.touch(mask)
         return self.scores[mask.key][1]
 
 

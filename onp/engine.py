@@ -128,6 +128,10 @@ class Engine:
         output = self.network.output
         return torch.cat(self._values([output], mask, len(self._chunks))[output]).float()
 
+    def touch(self, mask: KeepMask) -> None:
+        """Count what is kept of `mask` as used just now: masks like it are to be expected."""
+        self.cache.touch(self._key(self._wanted(node, mask.pruned, mask.rule)) for node in self.network.nodes)
+
     def effects(self, mask: KeepMask, function: Callable[[Tensor], Tensor], images: int | None = None) -> Tensor:
         """First-order change of `function(logits)` when each unit is pruned besides `mask`, shape (N,), on the CPU.
 
@@ -186,7 +190,7 @@ class Engine:
     def _values(self, nodes: list[fx.Node], mask: KeepMask, count: int) -> dict[fx.Node, list[Any]]:
         """The values of `nodes` on the first `count` chunks; those worth it are kept where all chunks are asked for."""
         wanted = [self._wanted(node, mask.pruned, mask.rule) for node in nodes]
-        self.cache.touch(self._key(self._wanted(node, mask.pruned, mask.rule)) for node in self.network.nodes)
+        self.touch(mask)
         plan, known = self._plan(wanted)
         needed = {self._key(want) for want in known}
         keep: dict[Wanted, int] = {}

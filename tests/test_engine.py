@@ -210,6 +210,26 @@ def test_the_cache_gives_up_what_was_used_longest_ago() -> None:
     assert cache.peak_bytes == 10
 
 
+def test_a_mask_that_was_touched_outlives_one_that_was_not(
+    network: nn.Module, index: UnitIndex, inputs: Tensor
+) -> None:
+    first, second = (KeepMask.all_kept(index).without([unit]) for unit in (0, 1))
+
+    def recomputed(touched: KeepMask) -> int:
+        """Whole convolutions that `first` takes, after the cache has given up the older half of what it held."""
+        engine = Engine(network, index, inputs)
+        engine.logits(first)
+        engine.logits(second)
+        engine.touch(touched)
+        engine.cache.max_bytes = engine.cache.workspace + engine.cache.bytes // 2
+        assert engine.cache.make_room(0, set())
+        seen = whole_convolutions(engine)
+        engine.logits(first)
+        return len(seen)
+
+    assert recomputed(touched=first) == 0 < recomputed(touched=second)
+
+
 def test_the_network_is_left_as_it_was(index: UnitIndex, inputs: Tensor, randomised: Randomise) -> None:
     network = randomised(EveryWay())
     before = copy.deepcopy(network.state_dict())
