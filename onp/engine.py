@@ -9,6 +9,7 @@ asked before. docs/engine.md has the cost model.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from math import prod
@@ -65,6 +66,20 @@ class ActivationCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
 
+    def reserve_workspace(self, size: int) -> None:
+        """Leave room for `size` bytes besides what is kept."""
+        self.workspace = max(self.workspace, size)
+        while self._entries and self.bytes > self.max_bytes - self.workspace:
+            self._drop(next(iter(self._entries)))
+
+    def drop(self, owner: object) -> None:
+        """Give up every key (owner, ...)."""
+        for key in [key for key in self._entries if key[0] is owner]:
+            self._drop(key)
+
+    def _drop(self, key: Any) -> None:
+        self.bytes -= self._entries.pop(key)[0]
+
     def make_room(self, size: int, needed: set[Any]) -> bool:
         """Whether `size` bytes fit when all that is not `needed` may give way; what has to give way does."""
         limit = self.max_bytes - self.workspace
@@ -73,14 +88,14 @@ class ActivationCache:
         for key in [key for key in self._entries if key not in needed]:
             if self.bytes + size <= limit:
                 break
-            self.bytes -= self._entries.pop(key)[0]
+            self._drop(key)
         return True
 
     def put(self, key: Any, size: int, value: list[Any]) -> None:
         """Keep a value for which room has been made."""
         self._entries[key] = (size, value)
         self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        self.peak_bytes = max(self.peak_bytes, self.bytes + self.workspace)
 
 
 class Engine:
@@ -106,27 +121,30 @@ class Engine:
         per_image = sum(map(self.bytes_per_image, self.network.nodes))
         chunk = chunk or min(max(WORKSPACE // per_image, 10), 100)
         # A pass for effects holds every activation of a chunk, and a gradient of each.
-        self.cache.workspace = max(self.cache.workspace, 2 * chunk * per_image)
-        self._chunks = [part.contiguous(memory_format=torch.channels_last) for part in inputs.split(chunk)]
-        self._owner = object()  # of our keys in the cache; not self, lest a cycle keep the activations alive
+        self.cache.reserve_workspace(2 * chunk * per_image)
+        layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
+        self._chunks = [part.clone(memory_format=layout) for part in inputs.split(chunk)]
+        self._owner = object()  # of our keys in the cache
+        weakref.finalize(self, self.cache.drop, self._owner)
         self._check(model)
 
     def _check(self, model: nn.Module) -> None:
+        training = [module for module in model.modules() if module.training]
         with torch.no_grad():
-            expected = model.eval()(self.inputs[:2])
-        got = self.logits(KeepMask.all_kept(self.network.index))[:2]
-        if not torch.allclose(
-            got, expected.float(), rtol=1e-3, atol=1e-3 * float(expected.abs().max()), equal_nan=True
-        ):
+            expected = model.eval()(self.inputs[:2].clone()).float()
+        for module in training:
+            module.training = True
+        got, scale = self.logits(KeepMask.all_kept(self.network.index))[:2], expected.abs().nan_to_num(0, 0, 0).max()
+        if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(scale), equal_nan=True):
             raise ModelError(
-                f"the traced copy of {type(model).__name__} gives other logits than the network itself; "
-                "in forward(), assign the results of in-place operations and leave randomness out"
+                f"the traced copy of {type(model).__name__} gives other logits than the network itself; in forward(), "
+                "assign the results of in-place operations, and leave out randomness and statistics of the batch"
             )
 
     def logits(self, mask: KeepMask) -> Tensor:
         """Logits under `mask`, shape (n, classes), float32, detached."""
         output = self.network.output
-        return torch.cat(self._values([output], mask, len(self._chunks))[output]).float()
+        return torch.cat(self._values([output], mask, range(len(self._chunks)))[output]).float()
 
     def touch(self, mask: KeepMask) -> None:
         """Count what is kept of `mask` as used just now: masks like it are to be expected."""
@@ -139,15 +157,15 @@ class Engine:
         by 0, so the change is minus the sum of output times gradient (Molchanov et al. 2017).
         """
         logits = self.logits(mask)[:images].requires_grad_()
-        (slopes,) = torch.autograd.grad(function(logits), logits)
-        count = -(-len(slopes) // len(self._chunks[0]))
+        with torch.enable_grad():
+            (slopes,) = torch.autograd.grad(function(logits), logits)
         recalled = [
             node for node in self.network.kept if node in self.network.convolutions or node in self.network.sums
         ]
-        known = self._values(recalled, mask, count)
         effects = slopes.new_zeros(len(mask.index))
         for i, slope in enumerate(slopes.split(len(self._chunks[0]))):
-            self._add_effects(effects, {node: known[node][i][: len(slope)] for node in recalled}, i, slope, mask)
+            known = self._values(recalled, mask, range(i, i + 1))
+            self._add_effects(effects, {node: known[node][-1][: len(slope)] for node in recalled}, i, slope, mask)
         return effects.cpu()
 
     def _add_effects(
@@ -166,9 +184,10 @@ class Engine:
                     value = _Recalled.apply(known[node], module, source, inputs[other] if other else None)
                 else:
                     value = network.run(node, inputs, mask.pruned, mask.rule) if inputs else self._source(node, i)
-                    value = value[: len(slope)] if node.op == "placeholder" else value
+                    value = value[: len(slope)] if value is self._chunks[i] else value
                 if node in network.layer_of:
-                    value = value if value.requires_grad else value.detach().requires_grad_()
+                    # An alias of its own: an open gate hands on its input, which others may read too.
+                    value = torch.ops.aten.alias(value) if value.requires_grad else value.detach().requires_grad_()
                     gated.append((node, value))
                 values[node] = value
             total = (values[network.output].float() * slope).sum()
@@ -187,14 +206,14 @@ class Engine:
         relevant = pruned & self.network.upstream[node]
         return Wanted(node, relevant, rule if relevant else "zero", channels)
 
-    def _values(self, nodes: list[fx.Node], mask: KeepMask, count: int) -> dict[fx.Node, list[Any]]:
-        """The values of `nodes` on the first `count` chunks; those worth it are kept where all chunks are asked for."""
+    def _values(self, nodes: list[fx.Node], mask: KeepMask, chunks: range) -> dict[fx.Node, list[Any]]:
+        """The values of `nodes` on some chunks; those worth it are kept where all chunks are asked for."""
         wanted = [self._wanted(node, mask.pruned, mask.rule) for node in nodes]
         self.touch(mask)
         plan, known = self._plan(wanted)
         needed = {self._key(want) for want in known}
         keep: dict[Wanted, int] = {}
-        for want in reversed(plan) if count == len(self._chunks) else ():
+        for want in reversed(plan) if len(chunks) == len(self._chunks) else ():
             size = len(self.inputs) * self.bytes_per_image(want.node)
             lasting = want.channels is None and want.node in self.network.kept
             if lasting and self.cache.make_room(size + sum(keep.values()), needed):
@@ -202,7 +221,7 @@ class Engine:
         found: dict[Wanted, list[Any]] = {want: [] for want in (*wanted, *keep)}
         uses = Counter(need for needs in plan.values() for need in needs)
         with torch.no_grad():
-            for i in range(count):
+            for i in chunks:
                 values: dict[Wanted, Any] = {}
                 left = uses.copy()
                 for want, needs in plan.items():
@@ -218,15 +237,15 @@ class Engine:
                             del values[need]
         for want, size in keep.items():
             self.cache.put(self._key(want), size, found[want])
-        return {want.node: known[want] if want in known else found[want] for want in wanted}
+        return {want.node: [known[want][i] for i in chunks] if want in known else found[want] for want in wanted}
 
-    def _key(self, want: Wanted) -> tuple[object, Wanted]:
-        return self._owner, want
+    def _key(self, want: Wanted) -> tuple[Any, ...]:
+        return self._owner, want.node.name, *want[1:]
 
     def bytes_per_image(self, node: fx.Node) -> int:
         """Size of a node's value for one image."""
         shape = shape_of(node)
-        return 0 if shape is None else prod(shape[1:]) * node.meta["tensor_meta"].dtype.itemsize
+        return 0 if shape is None else -(-prod(shape) // 2) * node.meta["tensor_meta"].dtype.itemsize
 
     def _plan(self, wanted: list[Wanted]) -> tuple[dict[Wanted, list[Wanted]], dict[Wanted, list[Any]]]:
         """What has to be computed, in order, each with what it needs; and the values that are known already."""
@@ -300,7 +319,9 @@ class Engine:
 
     def _source(self, node: fx.Node, i: int) -> Any:
         """The value of a node without inputs."""
-        return self._chunks[i] if node.op == "placeholder" else self.network.run(node, {}, frozenset(), "zero")
+        if node.op != "placeholder":
+            return self.network.run(node, {}, frozenset(), "zero")
+        return node.args[0] if node.args else self._chunks[i]  # other arguments have their defaults
 
 
 class _Recalled(torch.autograd.Function):
@@ -310,7 +331,7 @@ class _Recalled(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, module: Any, source: Tensor, other: Tensor | None) -> Tensor:
         ctx.save_for_backward(source)
         ctx.module = module
-        return value.view_as(value)
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:

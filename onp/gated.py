@@ -7,7 +7,6 @@ alone, so everything computed before the first gate that closes can be used agai
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from onp.errors import ModelError
 from onp.masks import Rule
 from onp.units import BATCH_NORMS, CONVOLUTIONS, UnitIndex, UnitLayer, shape_of, trace
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
-    operator.imul: operator.mul,
     operator.isub: operator.sub,
-    torch.relu_: torch.relu,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
 }
 _CHANNELWISE = {
     *("ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh"),
@@ -63,16 +63,22 @@ class GatedNetwork:
         """gates and the units that they gate"""
         self._betas: dict[fx.Node, Tensor] = {}
         self._never_in_place()
+        self._check_gates()
         for node in list(self.graph_module.graph.nodes):
             for layer in index if node.op == "call_module" else ():
                 if layer.module == node.target:
                     self._insert_gate(node, layer)
         self._fold_batch_norms()
         self._norms = self._join_gates_with_batch_norms()
-        self.graph_module.to(memory_format=torch.channels_last).to(device).requires_grad_(False)
+        for parameter in self.graph_module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        self.graph_module.to(device).requires_grad_(False)
         self._betas = {node: beta.to(device) for node, beta in self._betas.items()}
         self.nodes = list(self.graph_module.graph.nodes)
-        self.output = self.nodes[-1].all_input_nodes[0]
+        self.output = self.nodes[-1].args[0]
+        if not isinstance(self.output, fx.Node) or shape_of(self.output) is None:
+            raise ModelError(f"{type(model).__name__} gives more than one tensor; it has to give the logits alone")
         self.convolutions = {node: module for node in self.nodes if (module := self._convolution(node)) is not None}
         """convolutions with plain zero padding"""
         self.sums = self._find_sums()
@@ -100,10 +106,22 @@ class GatedNetwork:
         for node in self.graph_module.graph.nodes:
             if node.kwargs.get("inplace"):
                 node.kwargs = {**node.kwargs, "inplace": False}
-            if node.op == "call_function":
-                node.target = _OUT_OF_PLACE.get(node.target, node.target)
-            elif node.op == "call_method":
-                node.target = re.sub("(?<!_)_$", "", str(node.target))
+            if node.op in ("call_function", "call_method"):
+                node.target = _OUT_OF_PLACE.get(node.target) or _without_underscore(node)
+
+    def _check_gates(self) -> None:
+        """A gate stands for its parameters only where nothing else uses them."""
+        graph, parameters = self.graph_module.graph, dict(self.graph_module.named_parameters(remove_duplicate=False))
+        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        for name in {name for layer in self.index for name, _ in layer.gates}:
+            same = {other for other, parameter in parameters.items() if parameter is parameters[name]}
+            others = {other for other in same - {name} if other.rpartition(".")[0] in called} | (same & read)
+            if others:
+                raise ModelError(
+                    f"{name} is also used as {', '.join(sorted(others))}, outside its layer, so its units cannot be "
+                    "pruned alone; untie the weights"
+                )
 
     def _insert_gate(self, node: fx.Node, layer: UnitLayer) -> None:
         graph = self.graph_module.graph
@@ -121,14 +139,18 @@ class GatedNetwork:
             self._betas[gate] = self.modules[layer.batch_norm].get_parameter("bias").detach().clone()
 
     def _fold_batch_norms(self) -> None:
-        calls = [node.target for node in self.graph_module.graph.nodes if node.op == "call_module"]
+        nodes = self.graph_module.graph.nodes
+        calls = [node.target for node in nodes if node.op == "call_module"]
+        read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
         for node in list(self.graph_module.graph.nodes):
             module = self._module(node)
             if not isinstance(module, BATCH_NORMS) or module.running_mean is None or calls.count(node.target) > 1:
                 continue
             source = node.all_input_nodes[0]
             writer = self._module(source)
-            if len(source.users) > 1 or calls.count(source.target) > 1:
+            if len(source.users) > 1 or calls.count(source.target) > 1 or {node.target, source.target} & read:
+                continue
+            if not _is_plain(writer) or not _is_plain(module):
                 continue
             if isinstance(writer, CONVOLUTIONS):
                 folded: nn.Module = fuse_conv_bn_eval(writer, module)
@@ -146,7 +168,8 @@ class GatedNetwork:
         joined: dict[fx.Node, Any] = {}
         for gate in self.layer_of:
             norm = gate.all_input_nodes[0]
-            if isinstance(self._module(norm), BATCH_NORMS) and len(norm.users) == 1:
+            own = isinstance(self._module(norm), BATCH_NORMS) and self.layer_of[gate].batch_norm == norm.target
+            if own and len(norm.users) == 1:
                 joined[gate] = self._module(norm)
                 norm.replace_all_uses_with(norm.all_input_nodes[0])
                 self.graph_module.graph.erase_node(norm)
@@ -194,7 +217,9 @@ class GatedNetwork:
 
     def _convolution(self, node: fx.Node) -> Convolution | None:
         module = self._module(node)
-        if not isinstance(module, CONVOLUTIONS) or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        if not isinstance(module, CONVOLUTIONS) or not _is_plain(module):
+            return None
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
         return module
 
@@ -208,7 +233,9 @@ class GatedNetwork:
             return _axis(self.layer_of[node], len(shape)) == 1
         module = self._module(node)
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
-        return isinstance(module, BATCH_NORMS) or name in _CHANNELWISE
+        return isinstance(module, BATCH_NORMS) or (
+            name in _CHANNELWISE and (len(shape) == 4 or "pool2d" not in name.lower())
+        )
 
     def _is_worth_keeping(self, node: fx.Node) -> bool:
         if node in self.sums or node in self.absorbed:
@@ -216,7 +243,8 @@ class GatedNetwork:
         module = self._module(node)
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         cheap = node in self.layer_of or isinstance(module, BATCH_NORMS) or name in _CHEAP
-        return node.op not in ("placeholder", "get_attr", "output") and (not cheap or len(node.users) > 1)
+        computed = node.op not in ("placeholder", "get_attr", "output") and shape_of(node) is not None
+        return computed and (not cheap or len(node.users) > 1)
 
     # --- what the nodes are -------------------------------------------------------------------------------
 
@@ -298,6 +326,27 @@ def _batch_norm(
     if channels is not None:
         statistics = tuple(None if tensor is None else tensor[channels] for tensor in statistics)  # type: ignore[assignment]
     return nn.functional.batch_norm(value, *statistics, training=module.running_mean is None, eps=module.eps)
+
+
+def _without_underscore(node: fx.Node) -> Any:
+    """What a node calls, or its twin that works out of place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if "out" in node.kwargs:
+        raise ModelError(f"{name}(out=...) writes over a tensor; use its result instead")
+    if not name.endswith("_") or name.endswith("__"):
+        return node.target
+    homes = (Tensor,) if isinstance(node.target, str) else (nn.functional, torch)
+    twins = [getattr(home, name[:-1]) for home in homes if hasattr(home, name[:-1])]
+    if not twins or name == "requires_grad_":
+        raise ModelError(f"{name}() works in place and has no twin that does not; take it out of forward()")
+    return name[:-1] if isinstance(node.target, str) else twins[0]
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    """Whether a module is just what its class says: no parametrized weights, no hooks."""
+    if module is None or not type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _axis(layer: UnitLayer, ndim: int) -> int:

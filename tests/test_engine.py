@@ -245,6 +245,117 @@ def test_the_network_is_left_as_it_was(index: UnitIndex, inputs: Tensor, randomi
     assert torch.equal(engine.logits(mask), expected)  # the engine has a copy
 
 
+class Odd(nn.Module):
+    """One oddity each; `forward` is given, over two convolutions, a batch-norm and two linear layers."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.norm, self.row = nn.BatchNorm2d(64), nn.Conv1d(64, 8, 1)
+        self.h, self.k, self.out = nn.Linear(64, 6), nn.Linear(64, 6), nn.Linear(6, 3)
+        self.way = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def leaky_in_place(net: Any, x: Tensor) -> Tensor:
+    return net.out(net.h(torch.sigmoid_(net.b(nn.functional.leaky_relu_(net.a(x)))).mean((2, 3))))
+
+
+def two_readers_of_a_flatten(net: Any, x: Tensor) -> Tensor:
+    flat = nn.functional.adaptive_avg_pool2d(net.a(x)[:, :16], 2).flatten(1)
+    return net.out(net.h(flat) * net.k(flat))
+
+
+def norm_behind_a_convolution_read_twice(net: Any, x: Tensor) -> Tensor:
+    y = net.b(net.a(x))
+    return net.out(net.h((net.norm(y) + y).relu().mean((2, 3))))
+
+
+def pool_over_channels(net: Any, x: Tensor) -> Tensor:
+    y = nn.functional.max_pool2d(net.b(net.a(x)).flatten(2), 3, 1, 1)
+    return net.out(net.h(torch.cat([net.row(y).mean(2)] * 8, 1)))
+
+
+def subtracts_from_its_input(net: Any, x: Tensor) -> Tensor:
+    x -= 0.5
+    return net.out(net.h(net.b(net.a(x)).mean((2, 3))))
+
+
+def weight_read_elsewhere(net: Any, x: Tensor) -> Tensor:
+    return net.out(net.h(nn.functional.conv2d(net.b(net.a(x)), net.b.weight).mean((2, 3))))
+
+
+def writes_out(net: Any, x: Tensor) -> Tensor:
+    return net.out(net.h(net.b(net.a(x)).fill_(1).mean((2, 3))))
+
+
+def two_outputs(net: Any, x: Tensor) -> Any:
+    return net.h(net.a(x).mean((2, 3))), x
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(leaky_in_place, two_readers_of_a_flatten, norm_behind_a_convolution_read_twice),
+        *(pool_over_channels, subtracts_from_its_input),
+    ],
+)
+def test_odd_networks(forward: Any, inputs: Tensor, randomised: Randomise) -> None:
+    torch.manual_seed(0)
+    network = randomised(Odd(forward)).train()
+    index, given = index_units(network, (2, 8, 8)), inputs.clone()
+    engine = Engine(network, index, given, chunk=3)  # 10 images: the last chunk has one
+    assert torch.equal(given, inputs) and network.training and network.norm.training
+    for mask in random_masks(index):
+        expected = pruned_logits(network, mask, inputs)
+        assert (engine.logits(mask) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        if mask.rule == "zero":
+            got = engine.effects(mask, lambda logits: logits.square().mean())
+            torch.testing.assert_close(got.double(), effects_by_weights(network, mask, inputs), rtol=1e-3, atol=1e-5)
+
+
+def effects_by_weights(model: nn.Module, mask: KeepMask, inputs: Tensor) -> Tensor:
+    """Minus parameter times gradient over the gates of a permanently pruned copy, in double precision."""
+    pruned = copy.deepcopy(model).eval()
+    apply_mask(pruned, mask)
+    pruned.double()(inputs.double()).square().mean().backward()
+    effects = torch.zeros(len(mask.index), dtype=torch.float64)
+    for layer in mask.index:
+        for name, axis in layer.gates:
+            parameter = pruned.get_parameter(name)
+            if parameter.grad is not None:
+                change = (parameter.detach() * parameter.grad).movedim(axis, 0).reshape(layer.size, -1)
+                effects[layer.offset : layer.offset + layer.size] -= change.sum(1)
+    return effects
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (weight_read_elsewhere, "b.weight is also used as b.weight, outside its layer"),
+        (writes_out, "fill_.. works in place and has no twin"),
+        (two_outputs, "gives more than one tensor"),
+    ],
+)
+def test_networks_that_gates_cannot_stand_for_are_refused(forward: Any, words: str, inputs: Tensor) -> None:
+    network = Odd(forward)
+    with pytest.raises(ModelError, match=words):
+        Engine(network, index_units(network, (2, 8, 8)), inputs)
+
+
+def test_what_dead_engines_kept_is_given_up(network: nn.Module, index: UnitIndex, inputs: Tensor) -> None:
+    cache = ActivationCache()
+    engine, other = Engine(network, index, inputs, cache), Engine(network, index, inputs, cache)
+    both = cache.bytes
+    del engine
+    assert 0 < cache.bytes == both // 2
+    assert torch.equal(
+        other.logits(KeepMask.all_kept(index)), Engine(network, index, inputs).logits(KeepMask.all_kept(index))
+    )
+
+
 def test_a_network_that_its_trace_does_not_reproduce_is_refused() -> None:
     torch.manual_seed(0)
     network = Hidden()
