@@ -32,6 +32,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**30)
 
 
+def release_freed_memory() -> None:
+    """Have glibc give back what it kept; elsewhere, nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:
     """Parse `config` from the command line and run `job`; exit with its code, or with 2 and one line on bad input."""
     keep_freed_memory()

@@ -43,7 +43,8 @@ class Wanted(NamedTuple):
 class ActivationCache:
     """Activations under a bound of `max_bytes` together; the least recently used give way.
 
-    The bound includes `workspace`, the bytes that the engines need besides while they compute.
+    The bound includes `workspace`, the bytes that the engines need besides while they compute, and leaves a tenth to
+    the memory allocator, whose free blocks do not always fit.
     """
 
     def __init__(self, max_bytes: int = 2 << 30) -> None:
@@ -55,6 +56,10 @@ class ActivationCache:
     def of_gib(cls, size: float) -> ActivationCache:
         """A cache of so many GiB."""
         return cls(int(size * 2**30))
+
+    @property
+    def _limit(self) -> float:
+        return 0.9 * self.max_bytes - self.workspace
 
     def get(self, key: Any) -> list[Any] | None:
         """The value of `key`, chunk by chunk; None where it is not here."""
@@ -69,7 +74,7 @@ class ActivationCache:
     def reserve_workspace(self, size: int) -> None:
         """Leave room for `size` bytes besides what is kept."""
         self.workspace = max(self.workspace, size)
-        while self._entries and self.bytes > self.max_bytes - self.workspace:
+        while self._entries and self.bytes > self._limit:
             self._drop(next(iter(self._entries)))
 
     def drop(self, owner: object) -> None:
@@ -82,11 +87,10 @@ class ActivationCache:
 
     def make_room(self, size: int, needed: set[Any]) -> bool:
         """Whether `size` bytes fit when all that is not `needed` may give way; what has to give way does."""
-        limit = self.max_bytes - self.workspace
-        if size + sum(self._entries[key][0] for key in needed) > limit:
+        if size + sum(self._entries[key][0] for key in needed) > self._limit:
             return False
         for key in [key for key in self._entries if key not in needed]:
-            if self.bytes + size <= limit:
+            if self.bytes + size <= self._limit:
                 break
             self._drop(key)
         return True

@@ -24,7 +24,7 @@ from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues
 from onp import load_defence_data
 from onp.checkpoints import load_checkpoint, write_atomically
-from onp.commands import console
+from onp.commands import console, release_freed_memory
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache, Engine
@@ -171,6 +171,7 @@ class _Bench:
                 slow.append(self.seconds(partial(self.naive, mask)))
                 pair = [self.loss(engine.logits(mask)), self.loss(self.naive(mask))]
                 deviation = max(deviation, abs(pair[0] / pair[1] - 1))
+        engine.logits(masks[-1])
         remembered = self.seconds(partial(engine.logits, masks[-1]))
         naive, quick = 1 / float(np.mean(slow)), 1 / float(np.mean(fast))
         return Row(self.name, sequence, naive, quick, quick / naive, 1 / remembered, deviation, peak[0])
@@ -281,6 +282,7 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         yield peak
         peak[0] = torch.cuda.max_memory_allocated() - before
         return
+    release_freed_memory()
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss
 
