@@ -75,7 +75,7 @@ class EnvConfig:
     """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
     effect_images: int = 100
     """images that the first-order effects in the observation are estimated on; they only have to rank units"""
-    cache_gib: float = 2.0
+    cache_gib: float = 4.0
     """activations kept between masks, GiB at the most"""
     reward: RewardConfig = field(default_factory=RewardConfig)
     unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=()))

@@ -30,6 +30,9 @@ SPARSE = 32
 WORKSPACE = 128 << 20
 """bytes for the activations of the images that go through at a time"""
 
+MASKS = 4
+"""masks all of whose activations are kept at the most; more help little, and untouched memory is slow to come by"""
+
 
 class Wanted(NamedTuple):
     """One node's value under one mask: `pruned` holds no unit that the node does not depend on."""
@@ -47,10 +50,11 @@ class ActivationCache:
     the memory allocator, whose free blocks do not always fit.
     """
 
-    def __init__(self, max_bytes: int = 2 << 30) -> None:
+    def __init__(self, max_bytes: int = 4 << 30) -> None:
         self.max_bytes = max_bytes
         self.workspace = self.bytes = self.peak_bytes = 0
         self._entries: OrderedDict[Any, tuple[int, list[Any]]] = OrderedDict()
+        self._one_mask: dict[object, int] = {}
 
     @classmethod
     def of_gib(cls, size: float) -> ActivationCache:
@@ -59,7 +63,7 @@ class ActivationCache:
 
     @property
     def _limit(self) -> float:
-        return 0.9 * self.max_bytes - self.workspace
+        return min(0.9 * self.max_bytes - self.workspace, MASKS * sum(self._one_mask.values()))
 
     def get(self, key: Any) -> list[Any] | None:
         """The value of `key`, chunk by chunk; None where it is not here."""
@@ -71,14 +75,16 @@ class ActivationCache:
             if key in self._entries:
                 self._entries.move_to_end(key)
 
-    def reserve_workspace(self, size: int) -> None:
-        """Leave room for `size` bytes besides what is kept."""
-        self.workspace = max(self.workspace, size)
+    def register(self, owner: object, one_mask: int, workspace: int) -> None:
+        """Expect keys (owner, ...): all of one mask's activations take `one_mask` bytes, computing them `workspace`."""
+        self._one_mask[owner] = one_mask
+        self.workspace = max(self.workspace, workspace)
         while self._entries and self.bytes > self._limit:
             self._drop(next(iter(self._entries)))
 
     def drop(self, owner: object) -> None:
         """Give up every key (owner, ...)."""
+        self._one_mask.pop(owner, None)
         for key in [key for key in self._entries if key[0] is owner]:
             self._drop(key)
 
@@ -125,10 +131,11 @@ class Engine:
         per_image = sum(map(self.bytes_per_image, self.network.nodes))
         chunk = chunk or min(max(WORKSPACE // per_image, 10), 100)
         # A pass for effects holds every activation of a chunk, and a gradient of each.
-        self.cache.reserve_workspace(2 * chunk * per_image)
+        one_mask = len(inputs) * sum(map(self.bytes_per_image, self.network.kept))
+        self._owner = object()  # of our keys in the cache
+        self.cache.register(self._owner, one_mask, 2 * chunk * per_image)
         layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
         self._chunks = [part.clone(memory_format=layout) for part in inputs.split(chunk)]
-        self._owner = object()  # of our keys in the cache
         weakref.finalize(self, self.cache.drop, self._owner)
         self._check(model)
 

@@ -199,6 +199,7 @@ def test_only_what_a_mask_changes_is_computed(network: nn.Module, index: UnitInd
 
 def test_the_cache_gives_up_what_was_used_longest_ago() -> None:
     cache = ActivationCache(12)  # a tenth is left free
+    cache.register("", one_mask=10, workspace=0)
     for key, size in (("a", 4), ("b", 3), ("c", 3)):
         assert cache.make_room(size, set())
         cache.put(key, size, [key])
@@ -208,6 +209,19 @@ def test_the_cache_gives_up_what_was_used_longest_ago() -> None:
     assert cache.get("b") is None and cache.get("a") == ["a"] and cache.get("c") == ["c"]
     assert cache.make_room(6, {"c"}) and cache.get("a") is None and cache.bytes == 3
     assert cache.peak_bytes == 10
+
+
+def test_the_cache_keeps_what_a_few_masks_need_at_the_most() -> None:
+    cache = ActivationCache(1000)
+    cache.register("a", one_mask=10, workspace=100)
+    assert cache.make_room(40, set()) and not cache.make_room(41, set())
+    cache.register("b", one_mask=20, workspace=50)
+    assert cache.make_room(120, set()) and not cache.make_room(121, set())
+    cache.register("c", one_mask=1000, workspace=0)
+    assert cache.make_room(800, set()) and not cache.make_room(801, set())  # 1000, less a tenth and the workspace
+    cache.drop("c")
+    cache.drop("b")
+    assert not cache.make_room(41, set())
 
 
 def test_a_mask_that_was_touched_outlives_one_that_was_not(
