@@ -71,7 +71,7 @@ def choose_threshold(
 
     Ours, and trigger-free: accuracy on the defence data, relative to the unpruned model and as a fraction, has
     to hold at every smaller threshold too. Where it does not hold at threshold 0, no threshold serves: the
-    result is None and the mask that keeps everything.
+    result is None and the mask that keeps everything. `cache` holds activations (one of its own when None).
     """
     engine = Engine(model, index, data.inputs, cache)
     chosen: tuple[float | None, KeepMask] = (None, KeepMask.all_kept(index, rule="gamma"))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch.func import functional_call
 from onp.errors import ModelError
 from onp.gated import GatedNetwork
 from onp.masks import KeepMask, Rule
-from onp.units import UnitIndex, shape_of
+from onp.units import UnitIndex
 
 SPARSE = 32
 """a convolution is updated by channels where at most one in so many of its inputs has changed, or at most two"""
@@ -128,12 +127,13 @@ class Engine:
         self.inputs = inputs
         self.cache = cache if cache is not None else ActivationCache()
         self.network = GatedNetwork(model, index, tuple(inputs.shape[1:]), inputs.device)
-        per_image = sum(map(self.bytes_per_image, self.network.nodes))
+        per_image = sum(map(self.network.bytes_per_image, self.network.nodes))
         chunk = chunk or min(max(WORKSPACE // per_image, 10), 100)
-        # A pass for effects holds every activation of a chunk, and a gradient of each.
-        one_mask = len(inputs) * sum(map(self.bytes_per_image, self.network.kept))
+        self.one_mask = len(inputs) * sum(map(self.network.bytes_per_image, self.network.kept))
+        """bytes of the activations worth keeping under one mask"""
         self._owner = object()  # of our keys in the cache
-        self.cache.register(self._owner, one_mask, 2 * chunk * per_image)
+        # A pass for effects holds every activation of a chunk, and a gradient of each.
+        self.cache.register(self._owner, self.one_mask, workspace=2 * chunk * per_image)
         layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
         self._chunks = [part.clone(memory_format=layout) for part in inputs.split(chunk)]
         weakref.finalize(self, self.cache.drop, self._owner)
@@ -170,9 +170,7 @@ class Engine:
         logits = self.logits(mask)[:images].requires_grad_()
         with torch.enable_grad():
             (slopes,) = torch.autograd.grad(function(logits), logits)
-        recalled = [
-            node for node in self.network.kept if node in self.network.convolutions or node in self.network.sums
-        ]
+        recalled = list(self.network.parts)
         effects = slopes.new_zeros(len(mask.index))
         for i, slope in enumerate(slopes.split(len(self._chunks[0]))):
             known = self._values(recalled, mask, range(i, i + 1))
@@ -185,15 +183,13 @@ class Engine:
         network, values, gated = self.network, dict[fx.Node, Any](), list[tuple[fx.Node, Tensor]]()
         with torch.enable_grad():
             for node in network.nodes[:-1]:
-                inputs = {source: values[source] for source in node.all_input_nodes}
                 if node in network.absorbed:
-                    (value,) = inputs.values()  # its sum goes on from here
-                elif node in known:
-                    convolution, other = network.sums.get(node, (node, None))
-                    source = inputs[convolution] if other else inputs[node.all_input_nodes[0]]
-                    module = network.convolutions[convolution]
-                    value = _Recalled.apply(known[node], module, source, inputs[other] if other else None)
+                    continue
+                if (part := network.parts.get(node)) is not None:
+                    other = values[part.other] if part.other else None
+                    value = _Recalled.apply(known[node], part.module, values[part.source], other)
                 else:
+                    inputs = {source: values[source] for source in node.all_input_nodes}
                     value = network.run(node, inputs, mask.pruned, mask.rule) if inputs else self._source(node, i)
                     value = value[: len(slope)] if value is self._chunks[i] else value
                 if node in network.layer_of:
@@ -225,7 +221,7 @@ class Engine:
         needed = {self._key(want) for want in known}
         keep: dict[Wanted, int] = {}
         for want in reversed(plan) if len(chunks) == len(self._chunks) else ():
-            size = len(self.inputs) * self.bytes_per_image(want.node)
+            size = len(self.inputs) * self.network.bytes_per_image(want.node)
             lasting = want.channels is None and want.node in self.network.kept
             if lasting and self.cache.make_room(size + sum(keep.values()), needed):
                 keep[want] = size
@@ -253,11 +249,6 @@ class Engine:
     def _key(self, want: Wanted) -> tuple[Any, ...]:
         return self._owner, want.node.name, *want[1:]
 
-    def bytes_per_image(self, node: fx.Node) -> int:
-        """Size of a node's value for one image."""
-        shape = shape_of(node)
-        return 0 if shape is None else -(-prod(shape) // 2) * node.meta["tensor_meta"].dtype.itemsize
-
     def _plan(self, wanted: list[Wanted]) -> tuple[dict[Wanted, list[Wanted]], dict[Wanted, list[Any]]]:
         """What has to be computed, in order, each with what it needs; and the values that are known already."""
         plan: dict[Wanted, list[Wanted]] = {}
@@ -282,7 +273,7 @@ class Engine:
         if channels is not None and self._cut(node):
             return [want._replace(channels=None)]
         if changed := self._changed(want):
-            (source,) = self._convolution(node).all_input_nodes
+            source = self.network.parts[node].source
             opened = pruned - self.network.local[source]
             return [
                 self._wanted(node, opened, rule),
@@ -295,29 +286,23 @@ class Engine:
         """Whether some channels of a node's value are cut out of the whole, rather than computed alone."""
         return node in self.network.kept or node not in self.network.channelwise
 
-    def _convolution(self, node: fx.Node) -> fx.Node:
-        """The convolution in a node that is one, or its sum with another node."""
-        return self.network.sums[node][0] if node in self.network.sums else node
-
     def _changed(self, want: Wanted) -> tuple[int, ...]:
         """Input channels by which a convolution (or its sum) is brought up to date; none where it is computed whole."""
-        network, node = self.network, want.node
-        module = network.convolutions.get(self._convolution(node))
-        if module is None or module.groups != 1 or node in network.absorbed:
+        part = self.network.parts.get(want.node)
+        if part is None or part.module.groups != 1:
             return ()
-        (source,) = self._convolution(node).all_input_nodes
-        closed = want.pruned & network.local[source]
-        if node in network.sums and closed & network.upstream[network.sums[node][1]]:
+        closed = want.pruned & self.network.local[part.source]
+        if part.other is not None and closed & self.network.upstream[part.other]:
             return ()
-        channels = network.channels(closed)
-        return channels if len(channels) <= max(2, module.in_channels // SPARSE) else ()
+        channels = self.network.channels(closed)
+        return channels if len(channels) <= max(2, part.module.in_channels // SPARSE) else ()
 
     def _compute(self, want: Wanted, inputs: list[Any], i: int, spare: fx.Node | None) -> Any:
         node, channels = want.node, None if want.channels is None else list(want.channels)
         if channels is not None and self._cut(node):
             return inputs[0][:, channels]
         if changed := self._changed(want):
-            module = self.network.convolutions[self._convolution(node)]
+            module = self.network.parts[node].module
             before, new, old = inputs
             weights = {"weight": module.weight[:, list(changed)]}
             if module.bias is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from onp.errors import ModelError
 from onp.masks import Rule
-from onp.units import BATCH_NORMS, CONVOLUTIONS, UnitIndex, UnitLayer, shape_of, trace
+from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, shape_of, trace
+from onp.units import UnitIndex, UnitLayer
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _OUT_OF_PLACE: dict[Any, Any] = {
@@ -49,6 +51,15 @@ _CHEAP = _CHANNELWISE | {
 """operations that cost less than keeping their result"""
 
 
+class Part(NamedTuple):
+    """A convolution with plain zero padding, what it reads, and what is added to it, if anything."""
+
+    convolution: fx.Node
+    module: Convolution
+    source: fx.Node
+    other: fx.Node | None
+
+
 class GatedNetwork:
     """A traced copy of `model` in eval mode; batch-norms are folded where a weighted layer alone feeds them.
 
@@ -79,12 +90,10 @@ class GatedNetwork:
         self.output = self.nodes[-1].args[0]
         if not isinstance(self.output, fx.Node) or shape_of(self.output) is None:
             raise ModelError(f"{type(model).__name__} gives more than one tensor; it has to give the logits alone")
-        self.convolutions = {node: module for node in self.nodes if (module := self._convolution(node)) is not None}
-        """convolutions with plain zero padding"""
-        self.sums = self._find_sums()
-        """sums of a convolution, which nothing else reads, and another node: (the convolution, the other)"""
-        self.absorbed = {convolution for convolution, _ in self.sums.values()}
-        """those convolutions"""
+        self.parts = self._find_parts()
+        """convolutions, and sums of a convolution that nothing else reads with another node: what they are made of"""
+        self.absorbed = {part.convolution for node, part in self.parts.items() if part.convolution is not node}
+        """convolutions that are part of a sum"""
         self.channelwise = {node for node in self.nodes if self._is_channelwise(node)}
         """nodes that make channel i (axis 1) of their output from channel i of their inputs"""
         self.kept = {node for node in self.nodes if self._is_worth_keeping(node)}
@@ -175,16 +184,18 @@ class GatedNetwork:
                 self.graph_module.graph.erase_node(norm)
         return joined
 
-    def _find_sums(self) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
-        sums: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    def _find_parts(self) -> dict[fx.Node, Part]:
+        parts: dict[fx.Node, Part] = {}
         for node in self.nodes:
-            if not self._is_sum(node):
-                continue
-            first, second = node.all_input_nodes
-            for writer, other in ((first, second), (second, first)):
-                if node not in sums and writer in self.convolutions and len(writer.users) == 1:
-                    sums[node] = writer, other
-        return sums
+            if (module := self._convolution(node)) is not None:
+                parts[node] = Part(node, module, node.all_input_nodes[0], None)
+            elif self._is_sum(node):
+                first, second = node.all_input_nodes
+                for writer, other in ((first, second), (second, first)):
+                    alone = writer in parts and writer is parts[writer].convolution and len(writer.users) == 1
+                    if alone and node not in parts:
+                        parts[node] = parts.pop(writer)._replace(other=other)
+        return parts
 
     def _is_sum(self, node: fx.Node) -> bool:
         """Whether a node adds up two nodes of one shape and does nothing else."""
@@ -232,16 +243,16 @@ class GatedNetwork:
         if node in self.layer_of:
             return _axis(self.layer_of[node], len(shape)) == 1
         module = self._module(node)
-        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        name = operation(node, module)
         return isinstance(module, BATCH_NORMS) or (
             name in _CHANNELWISE and (len(shape) == 4 or "pool2d" not in name.lower())
         )
 
     def _is_worth_keeping(self, node: fx.Node) -> bool:
-        if node in self.sums or node in self.absorbed:
-            return node in self.sums
+        if node in self.parts or node in self.absorbed:
+            return node in self.parts
         module = self._module(node)
-        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        name = operation(node, module)
         cheap = node in self.layer_of or isinstance(module, BATCH_NORMS) or name in _CHEAP
         computed = node.op not in ("placeholder", "get_attr", "output") and shape_of(node) is not None
         return computed and (not cheap or len(node.users) > 1)
@@ -250,8 +261,15 @@ class GatedNetwork:
 
     def fresh(self, node: fx.Node) -> bool:
         """Whether a node's value is its own, and its one reader may overwrite it."""
-        makes = node in self._norms or node in self.convolutions or isinstance(self._module(node), BATCH_NORMS)
+        makes = (
+            node in self._norms or self._convolution(node) is not None or isinstance(self._module(node), BATCH_NORMS)
+        )
         return (makes or self._is_sum(node)) and len(node.users) == 1
+
+    def bytes_per_image(self, node: fx.Node) -> int:
+        """Size of a node's value for one image."""
+        shape = shape_of(node)
+        return 0 if shape is None else -(-prod(shape) // 2) * node.meta["tensor_meta"].dtype.itemsize
 
     def axis(self, gate: fx.Node) -> int:
         """The axis of a gate's units."""

@@ -19,7 +19,6 @@ Channels that a residual addition (or a product, as in squeeze-and-excitation) t
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,15 +28,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from onp.errors import ModelError
+from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, shape_of, trace
 
 UnitKind = Literal["conv", "batch_norm", "linear", "linear_input"]
 KINDS: tuple[UnitKind, ...] = ("conv", "batch_norm", "linear", "linear_input")
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELWISE = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.PReLU)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -148,36 +145,6 @@ def index_units(model: nn.Module, input_shape: tuple[int, ...]) -> UnitIndex:
     Raises `ModelError` where the network cannot be traced, does not fit the images, or has no unit.
     """
     return _Tracing(model, input_shape).index()
-
-
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
-    """A traced copy of `model` on the CPU, in eval mode, whose nodes know their shapes for a batch of two images.
-
-    Raises `ModelError` where the network cannot be traced or does not fit the images.
-    """
-    traced = copy.deepcopy(model).cpu().eval()
-    try:
-        graph_module = fx.symbolic_trace(traced)
-    except Exception as error:
-        raise ModelError(
-            f"cannot trace {type(model).__name__}: {_first_line(error)}; data-dependent Python control flow "
-            "in forward() has to go"
-        ) from error
-    try:
-        with torch.no_grad():
-            ShapeProp(graph_module).propagate(torch.zeros(2, *input_shape))
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} does not accept images of shape {input_shape}: {_first_line(error)}"
-        ) from error
-    return graph_module
-
-
-def _first_line(error: Exception) -> str:
-    """ShapeProp wraps the cause and prints it behind the user's stack: the root cause says it best."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _Tracing:
@@ -324,7 +291,7 @@ class _Tracing:
     def _visit_plain(self, node: fx.Node) -> Reads | None:
         """Parameter-free operations: sums, concatenations, flattens, and whatever keeps channels in place."""
         module = self._module(node)
-        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        name = operation(node, module)
         shape = _require_shape(node)
         carried = [reads for source in node.all_input_nodes if (reads := self.reads[source]) is not None]
         if not carried:
@@ -394,12 +361,6 @@ class _Tracing:
             self.parent[unit] = self.parent[self.parent[unit]]
             unit = self.parent[unit]
         return unit
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Shape of a node's value in a graph made by `trace`; None where that is no tensor."""
-    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
-    return tuple(shape) if shape is not None else None
 
 
 def _require_shape(node: fx.Node) -> tuple[int, ...]:

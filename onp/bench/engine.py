@@ -213,18 +213,15 @@ class _Bench:
         with FlopCounterMode(display=False) as counter:
             self.naive(whole)
         work, size = counter.get_total_flops() / 2, 2048
-        square, block = (
-            torch.rand(size, size, device=self.images.device),
-            torch.rand(1 << 26, device=self.images.device),
-        )
+        square = torch.rand(size, size, device=self.images.device)
+        block = torch.rand(1 << 26, device=self.images.device)
         product = size**3 / min(self.seconds(lambda: square @ square) for _ in range(5))
         copied = 2 * block.nbytes / min(self.seconds(block.clone) for _ in range(5))
-        kept = sum(map(engine.bytes_per_image, engine.network.kept)) * len(self.images)
         table.add_section()
         table.add_row("multiply-adds of a plain evaluation", f"{work / 1e9:.1f} G")
         table.add_row("the same per second", f"{work / naive / 1e9:.0f} G")
         table.add_row("multiply-adds per second of a matrix product", f"{product / 1e9:.0f} G")
-        table.add_row("activations kept for one mask", f"{kept / 1e6:.0f} MB")
+        table.add_row("activations kept for one mask", f"{engine.one_mask / 1e6:.0f} MB")
         table.add_row("bytes per second of a copy, read and written", f"{copied / 1e9:.1f} GB")
         console.print(table)
 
