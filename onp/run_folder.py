@@ -37,10 +37,10 @@ class RunFolder:
         return self.path.joinpath(*parts)
 
     @classmethod
-    def create_or_resume(cls, path: Path, options: Any) -> RunFolder:
+    def create_or_resume(cls, path: Path, options: Any, option: str = "--run-dir") -> RunFolder:
         """Record `options` (a dataclass) in a new folder, or check that an old one was made with the same.
 
-        Raises `ConfigError` where they differ, or where the folder holds something else.
+        Raises `ConfigError`, naming the `option`, where they differ or where the folder holds something else.
         """
         folder = cls(path)
         wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
@@ -49,14 +49,14 @@ class RunFolder:
             names = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
             if names:
                 changes = ", ".join(f"{name} was {recorded.get(name)!r} and is {wanted.get(name)!r}" for name in names)
-                raise ConfigError(f"{path} holds a run with other options ({changes}); give another --run-dir")
+                raise ConfigError(f"{path} holds a run with other options ({changes}); give another {option}")
             return folder
         if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
-            raise ConfigError(f"{path} exists and holds no run; give a new or empty --run-dir")
+            raise ConfigError(f"{path} exists and holds no run; give a new or empty {option}")
         try:
             write_json(folder.file("config.json"), {"options": wanted, "versions": {"torch": torch.__version__}})
         except OSError as error:
-            raise ConfigError(f"--run-dir {path} cannot be written ({error.strerror}); give another") from error
+            raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
         return folder
 
     def options(self) -> dict[str, Any]:

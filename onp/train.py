@@ -9,10 +9,12 @@ from functools import partial
 from math import isfinite
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from onp.checkpoints import save_weights, sha256
 from onp.commands import console, run_command
+from onp.data import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
@@ -33,6 +35,11 @@ class TrainConfig(InputConfig, PurifyConfig):
 
 def train(config: TrainConfig) -> None:
     """Purify a network that may carry a backdoor. Without options: a demonstration on handwritten digits."""
+    _show(complete_run(config, console))
+
+
+def complete_run(config: TrainConfig, console: Console) -> RunFolder:
+    """Do what is left of a run: purify, judge, write the report. `console` shows how far it is."""
     config = replace(config.resolved(), run_dir=_run_dir(config))
     assert config.run_dir is not None
     demonstration = config.checkpoint is None
@@ -44,24 +51,24 @@ def train(config: TrainConfig) -> None:
         raise ConfigError(
             f"--trigger {config.trigger} needs --checkpoint: the demonstration makes a trigger of its own"
         )
+    if (config.run_dir / "report.json").exists():
+        folder = RunFolder.create_or_resume(config.run_dir, config)
+        console.print(f"This run is complete: {folder.path}")
+        return folder
     inputs = open_inputs(config)
     judge = Judge(inputs, config.trigger)
     purification = Purification(inputs.model, inputs.defence_data(), config)
     folder = RunFolder.create_or_resume(config.run_dir, config)
-    if folder.file("report.json").exists():
-        console.print(f"This run is complete: {folder.path}")
-        _show(folder)
-        return
     if demonstration:
-        inputs = _make_demonstration(config, folder, inputs)
+        inputs = _make_demonstration(config, folder, inputs, console)
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)
     purification.log_dir = folder.file("tensorboard")
-    _defend(folder, purification)
+    _defend(folder, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
-    write_report(folder, judge, purification.index, rows, _facts(inputs, folder, purification))
-    _show(folder)
+    write_report(folder, judge, purification.index, rows, _facts(inputs, judge, folder, purification))
+    return folder
 
 
 def _run_dir(config: TrainConfig) -> Path:
@@ -70,7 +77,7 @@ def _run_dir(config: TrainConfig) -> Path:
     return (config.run_dir or Path("runs") / name).expanduser().resolve()
 
 
-def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs) -> Inputs:
+def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs, console: Console) -> Inputs:
     """Backdoor a small network on digits, once per run folder."""
     from onp.attacks.make import make_backdoored_model  # makes the patient; what treats it never imports this
 
@@ -80,7 +87,7 @@ def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs) 
     return open_inputs(patient(config, folder))
 
 
-def _defend(folder: RunFolder, purification: Purification) -> None:
+def _defend(folder: RunFolder, purification: Purification, console: Console) -> None:
     """Run every method that has no result yet, and write the purified network."""
     columns = (
         TextColumn("{task.description:<18}"),
@@ -118,15 +125,19 @@ def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: i
     progress.update(task, completed=used)
 
 
-def _facts(inputs: Inputs, folder: RunFolder, purification: Purification) -> dict[str, object]:
+def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purification) -> dict[str, object]:
     config = inputs.config
     checkpoint = config.checkpoint
     clues = json.loads(folder.file("clues.json").read_text())
+    labels = labels_of(judge.dataset) if judge.dataset is not None else []
+    target = judge.trigger.target if judge.trigger is not None else None
     return {
         "model": config.model,
         "checkpoint": checkpoint.name if checkpoint else None,
         "checkpoint_sha256": sha256(checkpoint) if checkpoint else None,
         "defence_images": len(purification.data),
+        "test_images": len(labels),
+        "triggered_images": sum(label != target for label in labels) if target is not None else 0,
         "units": len(purification.index),
         "suspect_class": clues["suspect_class"],
         "trust_in_suspect_class": clues["trust"],
