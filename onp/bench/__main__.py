@@ -1,4 +1,4 @@
-"""`python -m onp.bench engine`: the evaluation engine against plain forward passes."""
+"""`python -m onp.bench engine` or `table`: the evaluation engine's speed; networks, methods and seeds in one table."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import sys
 
 from onp.commands import run_command
 
-BENCHES = ("engine",)
+BENCHES = ("engine", "table")
 
 
 def main() -> None:
     """Run the benchmark that the first argument names."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if name not in BENCHES:
+    if name == "engine":
+        from onp.bench.engine import EngineBenchConfig, run_engine_bench  # behind the warning filter of onp.commands
+
+        run_command(EngineBenchConfig, run_engine_bench, "onp.bench engine")
+    elif name == "table":
+        from onp.bench.table import TableConfig, run_table  # likewise
+
+        run_command(TableConfig, run_table, "onp.bench table")
+    else:
         print(f"error: benchmark {name!r}: expected one of {', '.join(BENCHES)}, then its options", file=sys.stderr)
         sys.exit(2)
-    from onp.bench.engine import EngineBenchConfig, run_engine_bench  # behind the warning filter of onp.commands
-
-    run_command(EngineBenchConfig, run_engine_bench, f"onp.bench {name}")
 
 
 if __name__ == "__main__":

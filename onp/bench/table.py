@@ -1,0 +1,163 @@
+"""Networks x methods x seeds in one table: every run an ordinary run folder, so that the same command goes on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from onp.bench.aggregates import MEASURES, SUBJECT, Cell
+from onp.bench.suite import Suspect, read_suites
+from onp.bench.table_report import Failure, Results, make_tables, percent, rating, write_table
+from onp.commands import console
+from onp.errors import ConfigError, OnpError
+from onp.inputs import InputConfig
+from onp.purify import PurifyConfig
+from onp.run_folder import RunFolder
+from onp.train import TrainConfig, complete_run
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Options of `python -m onp.bench table`."""
+
+    models: tuple[Path, ...]
+    """suites (JSON lists of networks), or folders that hold an entry.json; see onp/bench/suite.py for the fields"""
+    out: Path = Path("runs/table")
+    """folder for table.json, table.md, plots and the run folders NAME-seedSEED[-budgetBUDGET]"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """seeds of everything random"""
+    budgets: tuple[int, ...] = ()
+    """reward evaluations of random, ranked, greedy and onp, a run for each; --purify.budget alone by default"""
+    defence_size: int = InputConfig.defence_size
+    """clean images that the defender has"""
+    device: str = InputConfig.device
+    """cpu, cuda, cuda:1, ... or auto (cuda where there is one)"""
+    threads: int = InputConfig.threads
+    """CPU threads for PyTorch; 0 leaves its default"""
+    purify: PurifyConfig = field(default_factory=PurifyConfig)
+    """settings of the job, the same for every network; the seeds come from --seeds"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network, seed and budget: a group of cells."""
+
+    model: str
+    seed: int
+    budget: int
+    options: TrainConfig
+
+    @property
+    def path(self) -> Path:
+        assert self.options.run_dir is not None
+        return self.options.run_dir
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "report.json").exists()
+
+
+def run_table(config: TableConfig) -> int:
+    """Purify and judge several networks with several seeds, in one table. The same command goes on, and tries again."""
+    out = config.out.expanduser().resolve()
+    runs = list_runs(config, out)
+    for run in runs:
+        if run.path.exists():  # other options than those recorded are refused before anything is computed
+            RunFolder.create_or_resume(run.path, run.options, "--out")
+    outcomes = dict[Path, list[Cell] | Failure]()
+    for run in sorted(runs, key=lambda run: not run.finished):
+        new = not run.finished
+        with console.status(f"{run.path.name} ..."):
+            outcomes[run.path] = outcome = _attempt(run)
+        if new:
+            console.print(
+                f"{len(outcomes)} of {len(runs)}  {run.path.name}: {_gist(outcome)}", markup=False, highlight=False
+            )
+        if new or len(outcomes) == len(runs):
+            results = _collect(runs, outcomes)
+            write_table(out, results)
+    for table in make_tables(results, console.width):
+        console.print(table)
+    console.print(f"Table: {out / 'table.md'}", soft_wrap=True)
+    return 1 if results.failures else 0
+
+
+def list_runs(config: TableConfig, out: Path) -> list[Run]:
+    """All runs of a table: every network with the first seed, then with the next. Raises `ConfigError`."""
+    if config.purify.seed != PurifyConfig.seed:
+        raise ConfigError(f"--purify.seed {config.purify.seed}: give --seeds {config.purify.seed}")
+    for name in ("seeds", "budgets"):
+        if len(set(values := getattr(config, name))) != len(values):
+            raise ConfigError(f"--{name} {' '.join(map(str, values))}: one comes twice")
+    if not config.seeds:
+        raise ConfigError("--seeds: expected one at least")
+    suspects = read_suites(config.models)
+    return [
+        Run(suspect.name, seed, budget, _options(config, suspect, out, seed, budget))
+        for seed in config.seeds
+        for suspect in suspects
+        for budget in config.budgets or (config.purify.budget,)
+    ]
+
+
+def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget: int) -> TrainConfig:
+    """The options of `onp.train` for one run."""
+    name = f"{suspect.name}-seed{seed}" + (f"-budget{budget}" if config.budgets else "")
+    values = {**vars(config.purify), **vars(suspect), "seed": seed, "budget": budget, "run_dir": out / name}
+    del values["name"]
+    common = {name: getattr(config, name) for name in ("defence_size", "device", "threads")}
+    return TrainConfig(**values, **common).resolved()
+
+
+def _attempt(run: Run) -> list[Cell] | Failure:
+    """Do what is left of a run, and read its cells; whatever goes wrong with it is its own matter."""
+    try:
+        folder = complete_run(run.options, Console(quiet=True))
+        return read_cells(run, json.loads(folder.file("report.json").read_text()))
+    except Exception as error:
+        ours = isinstance(error, OnpError)
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        trace = "" if ours else traceback.format_exc()
+        return Failure(run.model, run.seed, run.budget, " ".join(text.split()), trace)
+    finally:
+        gc.collect()  # an agent and its environment refer to each other, and hold activations
+
+
+def read_cells(run: Run, report: dict[str, Any]) -> list[Cell]:
+    """The cells of a finished run."""
+    rows = report["rows"]
+    images = {name: report.get(name, 0) for name in ("test_images", "triggered_images")}
+    before = next(row["ca"] for row in rows if row["method"] == "backdoored")
+    cells = []
+    for row in rows:
+        loss = before - row["ca"] if before is not None and row["ca"] is not None else None
+        budget = run.budget if row["reward_evaluations"] else None
+        figures = {name: row[name] for name in MEASURES if name != "ca_loss"}
+        cells.append(Cell(run.model, run.seed, budget, row["method"], ca_loss=loss, **figures, **images))
+    return cells
+
+
+def _collect(runs: list[Run], outcomes: dict[Path, list[Cell] | Failure]) -> Results:
+    """What is there so far; what spends no budget counts once per network and seed."""
+    cells, failures = dict[tuple[object, ...], Cell](), []
+    for outcome in (outcomes[run.path] for run in runs if run.path in outcomes):
+        if isinstance(outcome, Failure):
+            failures.append(outcome)
+        else:
+            for cell in outcome:
+                cells.setdefault((cell.model, cell.seed, cell.budget, cell.method), cell)
+    return Results(list(cells.values()), failures, len(runs) - len(outcomes))
+
+
+def _gist(outcome: list[Cell] | Failure) -> str:
+    if isinstance(outcome, Failure):
+        return f"failed: {outcome.error}"
+    cell = next(cell for cell in outcome if cell.method == SUBJECT)
+    figures = {"CA": percent(cell.ca), "ASR": percent(cell.asr), "DER": rating(cell.der)}
+    return "ONP " + ", ".join(f"{name} {figure}" for name, figure in figures.items())
