@@ -422,6 +422,11 @@ def test_bad_options_are_refused_before_anything_is_computed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_that_cannot_be_written(folder: Path) -> None:
+    code, _, err = call(folder, folder / "patch.png")
+    assert code == 2 and err.startswith("error: --out") and len(err.splitlines()) == 1
+
+
 def test_an_unknown_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["onp.bench", "chair"])
     with pytest.raises(SystemExit) as stop:

@@ -70,6 +70,10 @@ def run_table(config: TableConfig) -> int:
     for run in runs:
         if run.path.exists():  # other options than those recorded are refused before anything is computed
             RunFolder.create_or_resume(run.path, run.options, "--out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}); give another") from error
     outcomes = dict[Path, list[Cell] | Failure]()
     for run in sorted(runs, key=lambda run: not run.finished):
         new = not run.finished
