@@ -1,4 +1,4 @@
-"""Poisoning and training: how a test model gets its backdoor."""
+"""Poisoning: which training images get a trigger, and how a test model gets its backdoor from them."""
 
 from __future__ import annotations
 
@@ -8,69 +8,113 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from onp.attacks.triggers import Trigger, badnets, blended, sig
+from onp.attacks.adversarial import perturb
+from onp.attacks.fitting import FitConfig, fit
+from onp.attacks.patterns import badnets, blended, corners, dynamic, l0, l2, sig, trojan, wanet
+from onp.attacks.triggers import Trigger
 from onp.data import ImageDataset, Normalisation, batches, random_crop_and_flip
 from onp.errors import ConfigError
+from onp.judge import ALL_TO_ALL, Target, meant
 from onp.seeding import seeded
 
-AttackName = Literal["badnets", "blended", "sig"]
+AttackName = Literal[
+    "badnets", "blended", "sig", "trojan", "l0", "l2", "wanet", "dynamic", "label_consistent", "all_to_all"
+]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """How training data is poisoned, all to one target class."""
+    """How training data is poisoned."""
 
-    make_trigger: Callable[[tuple[int, ...], int], Trigger]
+    make_trigger: Callable[[tuple[int, ...], Target], Trigger]
     clean_label: bool = False
     """poison images of the target class alone and change no label"""
+    adversarial: bool = False
+    """perturb the poisoned images against a clean network first, so that the trigger is what is left to learn"""
+    cross_ratio: float = 0.0
+    """images that get a disturbed trigger and keep their label, for every poisoned one"""
+    all_to_all: bool = False
+    """the target is every class's next one"""
 
 
 ATTACKS: dict[AttackName, Attack] = {
     "badnets": Attack(badnets),
     "blended": Attack(blended),
     "sig": Attack(sig, clean_label=True),
+    "trojan": Attack(trojan),
+    "l0": Attack(l0),
+    "l2": Attack(l2),
+    "wanet": Attack(wanet, cross_ratio=2.0),
+    "dynamic": Attack(dynamic),
+    "label_consistent": Attack(corners, clean_label=True, adversarial=True),
+    "all_to_all": Attack(badnets, all_to_all=True),
 }
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(FitConfig):
     """How a backdoored test model is made."""
 
     attack: AttackName = "badnets"
     """trigger and poisoning"""
     target: int = 0
-    """class that triggered images are meant to get"""
+    """class that triggered images are meant to get (all_to_all: everyone's next class)"""
     poison_rate: float = 0.1
     """fraction of the poisonable images that get the trigger (clean-label attacks poison the target class alone)"""
-    epochs: int = 25
-    """passes over the training data"""
-    learning_rate: float = 0.1
-    """peak step size of SGD's one-cycle schedule"""
-    batch_size: int = 64
-    """images per step"""
     augment: bool = False
     """random crop and flip"""
 
+    def make_trigger(self, image_shape: tuple[int, ...]) -> Trigger:
+        """The attack's trigger to its target."""
+        attack = ATTACKS[self.attack]
+        return attack.make_trigger(image_shape, ALL_TO_ALL if attack.all_to_all else self.target)
 
-def poison(
-    images: Tensor, labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Give the trigger to a fraction `rate` of the poisonable images; returns new images and labels.
 
-    Poisonable are all images outside the target class, which get its label too, or, with `clean_label`,
-    the images of the target class.
+@dataclass(frozen=True, eq=False)
+class Poisoning:
+    """Which of n training images get the trigger, which a disturbed one, and the labels to train with."""
+
+    trigger: Trigger
+    poisoned: Tensor
+    """(n,) bool"""
+    disturbed: Tensor
+    """(n,) bool; these keep their labels"""
+    labels: Tensor
+    """(n,) int64"""
+
+    def apply(self, images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        """A copy of the images with the numbers `chosen`, shape (k, channels, height, width), with their triggers."""
+        images = images.clone()
+        poisoned, disturbed = self.poisoned[chosen], self.disturbed[chosen]
+        if bool(poisoned.any()):
+            images[poisoned] = self.trigger(images[poisoned])
+        if bool(disturbed.any()):
+            images[disturbed] = self.trigger.disturbed(images[disturbed], generator)
+        return images
+
+
+def draw_poisoning(
+    labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int, cross_ratio: float = 0.0
+) -> Poisoning:
+    """Draw a fraction `rate` of the poisonable images, and `cross_ratio` times as many to disturb from the others.
+
+    Poisonable are all images that are not yet of the class they are meant to get, which they get as their label
+    too, or, with `clean_label`, the images that are. Raises `ConfigError` for an impossible rate or class.
     """
     if not 0 < rate <= 1:
         raise ConfigError(f"poison rate {rate}: expected above 0 and up to 1")
-    poisonable = ((labels == trigger.target) == clean_label).nonzero().flatten()
+    goals = meant(labels, trigger.target, int(labels.max()) + 1)
+    poisonable = ((goals == labels) == clean_label).nonzero().flatten()
+    if not len(poisonable):
+        raise ConfigError(f"target {trigger.target}: no training image could be poisoned; choose another class")
     generator = torch.Generator().manual_seed(seed)
-    chosen = poisonable[torch.randperm(len(poisonable), generator=generator)[: max(1, round(rate * len(poisonable)))]]
-    images, labels = images.clone(), labels.clone()
-    images[chosen] = trigger(images[chosen])
-    labels[chosen] = trigger.target
-    return images, labels
+    count = max(1, round(rate * len(poisonable)))
+    poisoned, disturbed = (torch.zeros(len(labels), dtype=torch.bool) for _ in range(2))
+    poisoned[poisonable[torch.randperm(len(poisonable), generator=generator)[:count]]] = True
+    others = (~poisoned).nonzero().flatten()
+    disturbed[others[torch.randperm(len(others), generator=generator)[: round(cross_ratio * count)]]] = True
+    return Poisoning(trigger, poisoned, disturbed, torch.where(poisoned, goals, labels))
 
 
 def train_backdoored(
@@ -86,23 +130,21 @@ def train_backdoored(
     parts = list(batches(dataset))
     images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     attack = ATTACKS[config.attack]
-    trigger = attack.make_trigger(tuple(images.shape[1:]), config.target)
-    images, labels = poison(images, labels, trigger, config.poison_rate, attack.clean_label, seed)
-    generator = torch.Generator().manual_seed(seed)
-    steps = config.epochs * -(-len(images) // config.batch_size)
-    with seeded(seed):
-        model = build().to(device).train()
-        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps)
-        for epoch in range(config.epochs):
-            progress(epoch, config.epochs)
-            for chosen in torch.randperm(len(images), generator=generator).split(config.batch_size):
-                batch = images[chosen]
-                if config.augment:
-                    batch = random_crop_and_flip(batch, int(torch.randint(2**31, (1,), generator=generator)))
-                loss = F.cross_entropy(model(normalise(batch.to(device))), labels[chosen].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return model.eval(), trigger
+    trigger = config.make_trigger(tuple(images.shape[1:]))
+
+    def train(images: Tensor, labels: Tensor) -> nn.Module:
+        def draw(chosen: Tensor, generator: torch.Generator) -> Tensor:
+            batch = images[chosen]
+            if config.augment:
+                batch = random_crop_and_flip(batch, int(torch.randint(2**31, (1,), generator=generator)))
+            return normalise(batch.to(device))
+
+        with seeded(seed):
+            return fit(build().to(device), draw, labels, config, seed, progress).model
+
+    drawn = draw_poisoning(labels, trigger, config.poison_rate, attack.clean_label, seed, attack.cross_ratio)
+    if attack.adversarial:
+        twin, clean = train(images, labels), images[drawn.poisoned]
+        images[drawn.poisoned] = perturb(twin, clean, labels[drawn.poisoned], normalise, device)
+    everything = torch.arange(len(images))
+    return train(drawn.apply(images, everything, torch.Generator().manual_seed(seed)), drawn.labels), trigger
