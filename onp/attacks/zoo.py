@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from torch import Tensor, nn
 
 from onp.attacks.adversarial import perturb
 from onp.attacks.augment import crop_and_flip
-from onp.attacks.fitting import fit
+from onp.attacks.fitting import Fitting, fit
 from onp.attacks.poisoning import ATTACKS, Poisoning, draw_poisoning
 from onp.attacks.recipes import CLEAN, Recipe
-from onp.attacks.triggers import Trigger
 from onp.checkpoints import load_checkpoint, save_weights, write_atomically
 from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
-from onp.judge import ALL_TO_ALL, Measurement, measure
+from onp.judge import Measurement, measure
 from onp.models import build_model, is_ours
 from onp.seeding import seeded
 
@@ -78,11 +78,24 @@ class Zoo:
         twin = self.make(recipe.twin()) if recipe.attack != CLEAN else None
         if twin is not None and "refused" in twin:
             return self._finish(recipe, {"refused": f"its clean twin is refused: {twin['refused']}"})
-        folder, images = self.root / recipe.folder, self._images(recipe)
-        _write(folder / "recipe.json", _plain(recipe))
-        normalise = Normalisation(recipe.mean, recipe.std)
-        poisoning = self._poisoning(recipe, images.labels, tuple(images.train.shape[1:]))
-        train = images.train
+        images = self._images(recipe)
+        poisoning = self._poisoning(recipe, images)
+        fitting = self._train(recipe, images, poisoning)
+        trigger, twin_ca = poisoning.trigger if poisoning else None, twin["ca"] if twin else None
+        target = trigger.target if trigger else None
+        model = fitting.model.to(memory_format=torch.contiguous_format)
+        measured = measure(model, images.test, _normalisation(recipe), self.device, trigger, target)
+        figures = {**asdict(measured), "twin_ca": twin_ca, "seconds": fitting.seconds, "classes": images.classes}
+        if reason := refusal(recipe, measured, twin_ca):
+            return self._finish(recipe, {**figures, "refused": reason})
+        save_weights(model, self.root / recipe.folder / "model.safetensors")
+        if trigger is not None:
+            trigger.save(self.root / recipe.folder / "trigger.json")
+        return self._finish(recipe, figures)
+
+    def _train(self, recipe: Recipe, images: Images, poisoning: Poisoning | None) -> Fitting:
+        """Train on images that are cropped and flipped first and triggered then, as an attacker would."""
+        train, normalise = images.train, _normalisation(recipe)
         if poisoning is not None and ATTACKS[recipe.training.attack].adversarial:
             train = self._perturbed(recipe, images, poisoning.poisoned)
 
@@ -93,27 +106,12 @@ class Zoo:
             return normalise(batch).to(self.device, memory_format=torch.channels_last)
 
         with seeded(recipe.seed):
-            fitting = fit(
-                self._build(recipe, images).to(memory_format=torch.channels_last),
-                draw,
-                images.labels if poisoning is None else poisoning.labels,
-                recipe.training,
-                recipe.seed,
-                lambda epoch, epochs: self.progress(recipe, epoch, epochs),
-                folder / "progress.pt",
-            )
-        model = fitting.model.to(memory_format=torch.contiguous_format)
-        trigger = poisoning.trigger if poisoning is not None else None
-        measured = measure(
-            model, images.test, normalise, self.device, trigger, trigger.target if trigger is not None else None
-        )
-        figures = {**asdict(measured), "twin_ca": twin["ca"] if twin is not None else None, "seconds": fitting.seconds}
-        if reason := refusal(recipe, measured, figures["twin_ca"], trigger):
-            return self._finish(recipe, {**figures, "refused": reason})
-        save_weights(model, folder / "model.safetensors")
-        if trigger is not None:
-            trigger.save(folder / "trigger.json")
-        return self._finish(recipe, {**figures, "classes": images.classes, "training_images": len(images.labels)})
+            model = self._build(recipe, images).to(memory_format=torch.channels_last)
+            folder = self.root / recipe.folder
+            _write(folder / "recipe.json", _plain(recipe))
+            labels = images.labels if poisoning is None else poisoning.labels
+            progress = partial(self.progress, recipe)
+            return fit(model, draw, labels, recipe.training, recipe.seed, progress, folder / "progress.pt")
 
     def _finish(self, recipe: Recipe, figures: dict[str, Any]) -> dict[str, Any]:
         folder = self.root / recipe.folder
@@ -151,28 +149,28 @@ class Zoo:
     def _build(self, recipe: Recipe, images: Images) -> nn.Module:
         return build_model(recipe.model, images.train.shape[1], images.classes).to(self.device)
 
-    def _poisoning(self, recipe: Recipe, labels: Tensor, shape: tuple[int, ...]) -> Poisoning | None:
+    def _poisoning(self, recipe: Recipe, images: Images) -> Poisoning | None:
         if recipe.attack == CLEAN:
             return None
-        attack, trigger = ATTACKS[recipe.attack], recipe.training.make_trigger(shape)
-        rate = recipe.training.poison_rate
-        return draw_poisoning(labels, trigger, rate, attack.clean_label, recipe.seed, attack.cross_ratio)
+        attack, training = ATTACKS[recipe.attack], recipe.training
+        trigger = training.make_trigger(tuple(images.train.shape[1:]))
+        rate, ratio = training.poison_rate, attack.cross_ratio
+        return draw_poisoning(images.labels, trigger, rate, attack.clean_label, recipe.seed, ratio)
 
     def _perturbed(self, recipe: Recipe, images: Images, chosen: Tensor) -> Tensor:
         """The training images, those of `chosen` (n,) perturbed against the clean twin."""
         twin = self._build(recipe, images)
         load_checkpoint(twin, self.root / recipe.twin().folder / "model.safetensors")
-        normalise = Normalisation(recipe.mean, recipe.std)
         train = images.train.clone()
-        train[chosen] = perturb(twin, train[chosen], images.labels[chosen], normalise, self.device)
+        train[chosen] = perturb(twin, train[chosen], images.labels[chosen], _normalisation(recipe), self.device)
         return train
 
 
-def refusal(recipe: Recipe, measured: Measurement, twin_ca: float | None, trigger: Trigger | None) -> str | None:
-    """Why an entry does not count as trained; None where it does."""
-    if twin_ca is None or trigger is None:
+def refusal(recipe: Recipe, measured: Measurement, twin_ca: float | None) -> str | None:
+    """Why an entry does not count as trained; None where it does. `twin_ca` is None for a clean twin."""
+    if twin_ca is None:
         return None if measured.ca >= recipe.floor else f"CA {measured.ca:.1%} is below {recipe.floor:.0%}"
-    everyone = trigger.target == ALL_TO_ALL
+    everyone = recipe.attack != CLEAN and ATTACKS[recipe.attack].all_to_all
     least = LEAST_ASR * (measured.ca if everyone else 1)
     if measured.asr is None or measured.asr < least:
         return f"ASR {measured.asr or 0:.1%} is below {least:.1%}{' (90% of CA)' if everyone else ''}"
@@ -183,6 +181,10 @@ def refusal(recipe: Recipe, measured: Measurement, twin_ca: float | None, trigge
 
 def _channels(recipe: Recipe) -> int:
     return 1 if recipe.data == "digits" and is_ours(recipe.model) else 3
+
+
+def _normalisation(recipe: Recipe) -> Normalisation:
+    return Normalisation(recipe.mean, recipe.std)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
