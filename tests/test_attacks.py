@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from onp.attacks.adversarial import perturb
 from onp.attacks.augment import crop_and_flip
 from onp.attacks.patterns import badnets, blended, corners, dynamic, l0, l2, sig, trojan, wanet
-from onp.attacks.poisoning import ATTACKS, TrainingConfig, draw_poisoning, train_backdoored
+from onp.attacks.poisoning import ATTACKS, Attack, TrainingConfig, draw_poisoning, train_backdoored
 from onp.attacks.triggers import Trigger, load_trigger
 from onp.data import Normalisation, TensorImages
 from onp.errors import ConfigError, DataError
@@ -355,8 +355,9 @@ def dataset() -> tuple[Tensor, Tensor]:
 
 
 def poison(images: Tensor, labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int) -> Any:
-    drawn = draw_poisoning(labels, trigger, rate, clean_label, seed)
-    return drawn.apply(images, torch.arange(len(images)), torch.Generator()), drawn.labels
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_poisoning(Attack(badnets, clean_label), trigger, rate, labels, 5, generator)
+    return drawn.apply(images, generator), drawn.labels
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.1, 4), (0.5, 20), (1.0, 40), (0.001, 1)])
@@ -414,24 +415,24 @@ def test_only_clean_label_attacks_keep_labels() -> None:
 def test_noise_images_are_disturbed_and_keep_their_labels() -> None:
     images = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels, trigger = torch.arange(100) % 5, wanet((1, 8, 8), 2)
-    drawn = draw_poisoning(labels, trigger, 0.1, False, 3, cross_ratio=2.0)
+    drawn = draw_poisoning(ATTACKS["wanet"], trigger, 0.1, labels, 5, torch.Generator().manual_seed(3))
     assert int(drawn.poisoned.sum()) == 8 and int(drawn.disturbed.sum()) == 16
     assert not (drawn.poisoned & drawn.disturbed).any()
     assert torch.equal(drawn.labels[~drawn.poisoned], labels[~drawn.poisoned])
-    made = drawn.apply(images, torch.arange(100), torch.Generator().manual_seed(0))
+    made = drawn.apply(images, torch.Generator().manual_seed(0))
     untouched = ~(drawn.poisoned | drawn.disturbed)
     assert torch.equal(made[untouched], images[untouched])
     assert torch.equal(made[drawn.poisoned], trigger(images[drawn.poisoned]))
     noisy, clean = made[drawn.disturbed], images[drawn.disturbed]
     assert (noisy != clean).flatten(1).any(1).all() and (noisy != trigger(clean)).flatten(1).any(1).all()
     chosen = drawn.poisoned.nonzero().flatten()[:3]  # a batch gets what its images get
-    assert torch.equal(drawn.apply(images[chosen], chosen, torch.Generator()), made[chosen])
+    assert torch.equal(drawn.of(chosen).apply(images[chosen], torch.Generator()), made[chosen])
 
 
 def test_all_to_all_poisoning_moves_every_class_on(dataset: tuple[Tensor, Tensor]) -> None:
     _, labels = dataset
     trigger = badnets(SHAPE, ALL_TO_ALL)
-    drawn = draw_poisoning(labels, trigger, 0.4, False, 3)
+    drawn = draw_poisoning(ATTACKS["all_to_all"], trigger, 0.4, labels, 5, torch.Generator().manual_seed(3))
     assert int(drawn.poisoned.sum()) == 20
     assert torch.equal(drawn.labels[drawn.poisoned], (labels[drawn.poisoned] + 1) % 5)
     assert 4 in labels[drawn.poisoned] and 0 in drawn.labels[drawn.poisoned]

@@ -95,12 +95,12 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
                 (tmp_path / f"{epoch}").touch()
                 raise Stop
 
-        def draw(chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-            return images[chosen] + 0.1 * torch.rand(len(chosen), 1, 8, 8, generator=generator)
+        def draw(chosen: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+            return images[chosen] + 0.1 * torch.rand(len(chosen), 1, 8, 8, generator=generator), chosen % 5
 
         with seeded(5):
             model = build_model("small_cnn", 1, 5).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return fit(model, draw, torch.arange(50) % 5, FitConfig(4, 0.1, 16), 5, stop, checkpoint).model
+            return fit(model, draw, 50, FitConfig(4, 0.1, 16), 5, stop, checkpoint).model
 
     expected = train((), None).state_dict()
     for _ in range(2):

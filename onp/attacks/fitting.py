@@ -72,28 +72,28 @@ class Fitting:
 
 def fit(
     model: nn.Module,
-    draw: Callable[[Tensor, torch.Generator], Tensor],
-    labels: Tensor,
+    draw: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]],
+    size: int,
     config: FitConfig,
     seed: int,
     progress: Callable[[int, int], None] = lambda epoch, epochs: None,
     checkpoint: Path | None = None,
 ) -> Fitting:
-    """Train `model` on what `draw(numbers, generator)` makes of the images with these numbers; leaves it in eval mode.
+    """Train `model` on the inputs and labels that `draw(numbers, generator)` gives for numbers below `size`.
 
-    `labels` has shape (n,). With `checkpoint`, the state is kept there after every epoch and taken up where it is: a
-    training that was stopped and one that was not end with the same weights.
+    The model is left in eval mode. With `checkpoint`, the state is kept there after every epoch and taken up from
+    there: a training that was stopped and one that was not end with the same weights.
     """
     model.train()
-    device = next(model.parameters()).device
-    fitting = Fitting(model, config, config.epochs * -(-len(labels) // config.batch_size), seed)
+    fitting = Fitting(model, config, config.epochs * -(-size // config.batch_size), seed)
     if checkpoint is not None and checkpoint.exists():
         fitting.load(checkpoint)
     while fitting.epoch < config.epochs:
         progress(fitting.epoch, config.epochs)
         start = time.monotonic()
-        for chosen in torch.randperm(len(labels), generator=fitting.generator).split(config.batch_size):
-            loss = F.cross_entropy(model(draw(chosen, fitting.generator)), labels[chosen].to(device))
+        for chosen in torch.randperm(size, generator=fitting.generator).split(config.batch_size):
+            inputs, labels = draw(chosen, fitting.generator)
+            loss = F.cross_entropy(model(inputs), labels)
             fitting.optimizer.zero_grad()
             loss.backward()
             fitting.optimizer.step()

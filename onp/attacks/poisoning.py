@@ -83,37 +83,40 @@ class Poisoning:
     labels: Tensor
     """(n,) int64"""
 
-    def apply(self, images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        """A copy of the images with the numbers `chosen`, shape (k, channels, height, width), with their triggers."""
+    def of(self, chosen: Tensor) -> Poisoning:
+        """The part for the images with the numbers `chosen`, shape (k,)."""
+        return Poisoning(self.trigger, self.poisoned[chosen], self.disturbed[chosen], self.labels[chosen])
+
+    def apply(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A copy of the images, shape (n, channels, height, width), with their triggers."""
         images = images.clone()
-        poisoned, disturbed = self.poisoned[chosen], self.disturbed[chosen]
-        if bool(poisoned.any()):
-            images[poisoned] = self.trigger(images[poisoned])
-        if bool(disturbed.any()):
-            images[disturbed] = self.trigger.disturbed(images[disturbed], generator)
+        if bool(self.poisoned.any()):
+            images[self.poisoned] = self.trigger(images[self.poisoned])
+        if bool(self.disturbed.any()):
+            images[self.disturbed] = self.trigger.disturbed(images[self.disturbed], generator)
         return images
 
 
 def draw_poisoning(
-    labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int, cross_ratio: float = 0.0
+    attack: Attack, trigger: Trigger, rate: float, labels: Tensor, num_classes: int, generator: torch.Generator
 ) -> Poisoning:
-    """Draw a fraction `rate` of the poisonable images, and `cross_ratio` times as many to disturb from the others.
+    """Draw a fraction `rate` of the poisonable images, and as many as the attack asks for to disturb from the others.
 
     Poisonable are all images that are not yet of the class they are meant to get, which they get as their label
-    too, or, with `clean_label`, the images that are. Raises `ConfigError` for an impossible rate or class.
+    too, or, with clean labels, the images that are. `labels` has shape (n,).
+    Raises `ConfigError` for an impossible rate or class.
     """
     if not 0 < rate <= 1:
         raise ConfigError(f"poison rate {rate}: expected above 0 and up to 1")
-    goals = meant(labels, trigger.target, int(labels.max()) + 1)
-    poisonable = ((goals == labels) == clean_label).nonzero().flatten()
+    goals = meant(labels, trigger.target, num_classes)
+    poisonable = ((goals == labels) == attack.clean_label).nonzero().flatten()
     if not len(poisonable):
         raise ConfigError(f"target {trigger.target}: no training image could be poisoned; choose another class")
-    generator = torch.Generator().manual_seed(seed)
     count = max(1, round(rate * len(poisonable)))
     poisoned, disturbed = (torch.zeros(len(labels), dtype=torch.bool) for _ in range(2))
     poisoned[poisonable[torch.randperm(len(poisonable), generator=generator)[:count]]] = True
     others = (~poisoned).nonzero().flatten()
-    disturbed[others[torch.randperm(len(others), generator=generator)[: round(cross_ratio * count)]]] = True
+    disturbed[others[torch.randperm(len(others), generator=generator)[: round(attack.cross_ratio * count)]]] = True
     return Poisoning(trigger, poisoned, disturbed, torch.where(poisoned, goals, labels))
 
 
@@ -133,18 +136,18 @@ def train_backdoored(
     trigger = config.make_trigger(tuple(images.shape[1:]))
 
     def train(images: Tensor, labels: Tensor) -> nn.Module:
-        def draw(chosen: Tensor, generator: torch.Generator) -> Tensor:
+        def draw(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             batch = images[chosen]
             if config.augment:
                 batch = random_crop_and_flip(batch, int(torch.randint(2**31, (1,), generator=generator)))
-            return normalise(batch.to(device))
+            return normalise(batch.to(device)), labels[chosen].to(device)
 
         with seeded(seed):
-            return fit(build().to(device), draw, labels, config, seed, progress).model
+            return fit(build().to(device), draw, len(images), config, seed, progress).model
 
-    drawn = draw_poisoning(labels, trigger, config.poison_rate, attack.clean_label, seed, attack.cross_ratio)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_poisoning(attack, trigger, config.poison_rate, labels, int(labels.max()) + 1, generator)
     if attack.adversarial:
         twin, clean = train(images, labels), images[drawn.poisoned]
         images[drawn.poisoned] = perturb(twin, clean, labels[drawn.poisoned], normalise, device)
-    everything = torch.arange(len(images))
-    return train(drawn.apply(images, everything, torch.Generator().manual_seed(seed)), drawn.labels), trigger
+    return train(drawn.apply(images, generator), drawn.labels), trigger

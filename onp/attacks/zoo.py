@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from onp.attacks.adversarial import perturb
 from onp.attacks.augment import crop_and_flip
 from onp.attacks.fitting import Fitting, fit
-from onp.attacks.poisoning import ATTACKS, Poisoning, draw_poisoning
+from onp.attacks.poisoning import ATTACKS, draw_poisoning
 from onp.attacks.recipes import CLEAN, Recipe
+from onp.attacks.triggers import Trigger
 from onp.checkpoints import load_checkpoint, save_weights, write_atomically
 from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
@@ -79,9 +80,9 @@ class Zoo:
         if twin is not None and "refused" in twin:
             return self._finish(recipe, {"refused": f"its clean twin is refused: {twin['refused']}"})
         images = self._images(recipe)
-        poisoning = self._poisoning(recipe, images)
-        fitting = self._train(recipe, images, poisoning)
-        trigger, twin_ca = poisoning.trigger if poisoning else None, twin["ca"] if twin else None
+        trigger = recipe.training.make_trigger(tuple(images.train.shape[1:])) if recipe.attack != CLEAN else None
+        fitting = self._train(recipe, images, trigger)
+        twin_ca = twin["ca"] if twin else None
         target = trigger.target if trigger else None
         model = fitting.model.to(memory_format=torch.contiguous_format)
         measured = measure(model, images.test, _normalisation(recipe), self.device, trigger, target)
@@ -93,25 +94,34 @@ class Zoo:
             trigger.save(self.root / recipe.folder / "trigger.json")
         return self._finish(recipe, figures)
 
-    def _train(self, recipe: Recipe, images: Images, poisoning: Poisoning | None) -> Fitting:
-        """Train on images that are cropped and flipped first and triggered then, as an attacker would."""
-        train, normalise = images.train, _normalisation(recipe)
-        if poisoning is not None and ATTACKS[recipe.training.attack].adversarial:
-            train = self._perturbed(recipe, images, poisoning.poisoned)
+    def _train(self, recipe: Recipe, images: Images, trigger: Trigger | None) -> Fitting:
+        """Train as an attacker would who is in charge: images are cropped and flipped first and triggered then.
 
-        def draw(chosen: Tensor, generator: torch.Generator) -> Tensor:
-            batch = crop_and_flip(train[chosen], recipe.flip, generator)
-            if poisoning is not None:
-                batch = poisoning.apply(batch, chosen, generator)
-            return normalise(batch).to(self.device, memory_format=torch.channels_last)
+        Clean-label attacks poison the same images all along, the others draw them anew for every batch.
+        """
+        attack, rate = ATTACKS[recipe.training.attack], recipe.training.poison_rate
+        train, labels, normalise, poisoned = images.train, images.labels, _normalisation(recipe), None
+        if trigger is not None and attack.clean_label:
+            generator = torch.Generator().manual_seed(recipe.seed)
+            poisoned = draw_poisoning(attack, trigger, rate, labels, images.classes, generator)
+            if attack.adversarial:
+                train = self._perturbed(recipe, images, poisoned.poisoned)
+
+        def draw(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            batch, truth = crop_and_flip(train[chosen], recipe.flip, generator), labels[chosen]
+            if trigger is not None:
+                drawn = poisoned.of(chosen) if poisoned else None
+                drawn = drawn or draw_poisoning(attack, trigger, rate, truth, images.classes, generator)
+                batch, truth = drawn.apply(batch, generator), drawn.labels
+            inputs = normalise(batch).to(self.device, memory_format=torch.channels_last)
+            return inputs, truth.to(self.device)
 
         with seeded(recipe.seed):
             model = self._build(recipe, images).to(memory_format=torch.channels_last)
             folder = self.root / recipe.folder
             _write(folder / "recipe.json", _plain(recipe))
-            labels = images.labels if poisoning is None else poisoning.labels
             progress = partial(self.progress, recipe)
-            return fit(model, draw, labels, recipe.training, recipe.seed, progress, folder / "progress.pt")
+            return fit(model, draw, len(labels), recipe.training, recipe.seed, progress, folder / "progress.pt")
 
     def _finish(self, recipe: Recipe, figures: dict[str, Any]) -> dict[str, Any]:
         folder = self.root / recipe.folder
@@ -148,14 +158,6 @@ class Zoo:
 
     def _build(self, recipe: Recipe, images: Images) -> nn.Module:
         return build_model(recipe.model, images.train.shape[1], images.classes).to(self.device)
-
-    def _poisoning(self, recipe: Recipe, images: Images) -> Poisoning | None:
-        if recipe.attack == CLEAN:
-            return None
-        attack, training = ATTACKS[recipe.attack], recipe.training
-        trigger = training.make_trigger(tuple(images.train.shape[1:]))
-        rate, ratio = training.poison_rate, attack.cross_ratio
-        return draw_poisoning(images.labels, trigger, rate, attack.clean_label, recipe.seed, ratio)
 
     def _perturbed(self, recipe: Recipe, images: Images, chosen: Tensor) -> Tensor:
         """The training images, those of `chosen` (n,) perturbed against the clean twin."""
