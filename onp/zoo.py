@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.table import Table
 
-from onp.attacks.recipes import CLEAN, DATA, Recipe, expand
+from onp.attacks.recipes import DATA, Recipe, expand
 from onp.attacks.zoo import Zoo
 from onp.commands import console, run_command
 from onp.errors import ConfigError
@@ -88,7 +88,7 @@ def _say(recipe: Recipe, record: dict[str, Any], root: Path) -> None:
         console.print(f"{recipe.folder} is REFUSED: {record['refused']}", soft_wrap=True)
         return
     options = f"--model {recipe.model} --checkpoint {root / recipe.folder / 'model.safetensors'} --seed {recipe.seed}"
-    if recipe.attack != CLEAN:
+    if recipe.attack is not None:
         options += f" --trigger {root / recipe.folder / 'trigger.json'}"
     for name, values in (("mean", recipe.mean), ("std", recipe.std)):
         options += f" --{name} {' '.join(map(str, values))}" if values else ""

@@ -168,8 +168,8 @@ def test_dynamic_draws_a_patch_from_the_image_itself() -> None:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_triggers_do_not_depend_on_the_batch(name: Any) -> None:
-    trigger = TrainingConfig(attack=name, target=1).make_trigger((3, 16, 16))
-    again = TrainingConfig(attack=name, target=1).make_trigger((3, 16, 16))
+    trigger = ATTACKS[name].trigger((3, 16, 16), 1)
+    again = ATTACKS[name].trigger((3, 16, 16), 1)
     images = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     before, together = images.clone(), trigger(images)
     order = torch.randperm(9)

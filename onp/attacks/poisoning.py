@@ -37,6 +37,10 @@ class Attack:
     all_to_all: bool = False
     """the target is every class's next one"""
 
+    def trigger(self, image_shape: tuple[int, ...], target: int) -> Trigger:
+        """The trigger to its target, which is `target` unless it is all to all."""
+        return self.make_trigger(image_shape, ALL_TO_ALL if self.all_to_all else target)
+
 
 ATTACKS: dict[AttackName, Attack] = {
     "badnets": Attack(badnets),
@@ -64,11 +68,6 @@ class TrainingConfig(FitConfig):
     """fraction of the poisonable images that get the trigger (clean-label attacks poison the target class alone)"""
     augment: bool = False
     """random crop and flip"""
-
-    def make_trigger(self, image_shape: tuple[int, ...]) -> Trigger:
-        """The attack's trigger to its target."""
-        attack = ATTACKS[self.attack]
-        return attack.make_trigger(image_shape, ALL_TO_ALL if attack.all_to_all else self.target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +132,7 @@ def train_backdoored(
     parts = list(batches(dataset))
     images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     attack = ATTACKS[config.attack]
-    trigger = config.make_trigger(tuple(images.shape[1:]))
+    trigger = attack.trigger(tuple(images.shape[1:]), config.target)
 
     def train(images: Tensor, labels: Tensor) -> nn.Module:
         def draw(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from onp.attacks.poisoning import ATTACKS, AttackName, TrainingConfig
+from onp.attacks.fitting import FitConfig
+from onp.attacks.poisoning import ATTACKS, AttackName
 from onp.errors import ConfigError
 
 CLEAN: Literal["clean"] = "clean"
@@ -32,7 +33,7 @@ DATA = {
     "gtsrb": DataRecipe(43, 19_968, 6, False, 0.85, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "digits": DataRecipe(10, 768, 12, False, 0.90),
 }
-FEWER_IMAGES = {"small_vgg": 16_000, "cifar_mobilenet_v2": 16_000}
+FEWER_IMAGES = {"small_vgg": 14_080, "cifar_mobilenet_v2": 14_080}
 """training images of networks that take longer, whatever their width"""
 POISON: dict[AttackName, tuple[float, int]] = {
     "badnets": (0.1, 0),
@@ -74,17 +75,19 @@ SUITES = {
 """names that stand for several entries: one suite to develop a defence with, one to judge it on"""
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(FitConfig):
     """Everything that decides an entry's weights, but for the images themselves."""
 
     name: str
     seed: int
     data: str
     model: str
-    attack: AttackName | Literal["clean"]
+    attack: AttackName | None
+    """None for a clean twin"""
     images: int
-    training: TrainingConfig
+    poison_rate: float | None = None
+    target: int | None = None
     flip: bool
     floor: float
     mean: tuple[float, ...]
@@ -112,15 +115,24 @@ def make_recipe(name: str, seed: int) -> Recipe:
             f"{', '.join(DATA)}, a network that --model knows and an attack of {', '.join((*ATTACKS, CLEAN))}"
         )
     known = DATA[data]
-    images = min(known.images, FEWER_IMAGES.get(model.partition("-w")[0], known.images))
-    training = TrainingConfig(epochs=known.epochs, learning_rate=LEARNING_RATE, batch_size=BATCH_SIZE, augment=True)
-    if attack != CLEAN:
-        rate, target = POISON[attack]
-        training = replace(training, attack=attack, target=(target + seed) % known.classes, poison_rate=rate)
+    rate, target = (None, None) if attack == CLEAN else POISON[attack]
     return Recipe(
-        name, seed, data, model, attack, images, training,
-        known.flip, known.floor, known.mean, known.std,
-    )  # fmt: skip
+        epochs=known.epochs,
+        learning_rate=LEARNING_RATE,
+        batch_size=BATCH_SIZE,
+        name=name,
+        seed=seed,
+        data=data,
+        model=model,
+        attack=None if attack == CLEAN else attack,
+        images=min(known.images, FEWER_IMAGES.get(model.partition("-w")[0], known.images)),
+        poison_rate=rate,
+        target=None if target is None else (target + seed) % known.classes,
+        flip=known.flip,
+        floor=known.floor,
+        mean=known.mean,
+        std=known.std,
+    )
 
 
 def expand(names: tuple[str, ...], seed: int) -> list[Recipe]:

@@ -16,7 +16,7 @@ from onp.attacks.adversarial import perturb
 from onp.attacks.augment import crop_and_flip
 from onp.attacks.fitting import Fitting, fit
 from onp.attacks.poisoning import ATTACKS, draw_poisoning
-from onp.attacks.recipes import CLEAN, Recipe
+from onp.attacks.recipes import Recipe
 from onp.attacks.triggers import Trigger
 from onp.checkpoints import load_checkpoint, save_weights, write_atomically
 from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
@@ -76,11 +76,12 @@ class Zoo:
         """
         if (record := self.record(recipe)) is not None:
             return record
-        twin = self.make(recipe.twin()) if recipe.attack != CLEAN else None
+        twin = self.make(recipe.twin()) if recipe.attack is not None else None
         if twin is not None and "refused" in twin:
             return self._finish(recipe, {"refused": f"its clean twin is refused: {twin['refused']}"})
         images = self._images(recipe)
-        trigger = recipe.training.make_trigger(tuple(images.train.shape[1:])) if recipe.attack != CLEAN else None
+        attack, shape = ATTACKS[recipe.attack] if recipe.attack is not None else None, tuple(images.train.shape[1:])
+        trigger = attack.trigger(shape, recipe.target or 0) if attack is not None else None
         fitting = self._train(recipe, images, trigger)
         twin_ca = twin["ca"] if twin else None
         target = trigger.target if trigger else None
@@ -99,19 +100,19 @@ class Zoo:
 
         Clean-label attacks poison the same images all along, the others draw them anew for every batch.
         """
-        attack, rate = ATTACKS[recipe.training.attack], recipe.training.poison_rate
-        train, labels, normalise, poisoned = images.train, images.labels, _normalisation(recipe), None
-        if trigger is not None and attack.clean_label:
-            generator = torch.Generator().manual_seed(recipe.seed)
-            poisoned = draw_poisoning(attack, trigger, rate, labels, images.classes, generator)
-            if attack.adversarial:
-                train = self._perturbed(recipe, images, poisoned.poisoned)
+        train, labels, classes, normalise = images.train, images.labels, images.classes, _normalisation(recipe)
+        poison, fixed = None, None
+        if recipe.attack is not None and recipe.poison_rate is not None and trigger is not None:
+            attack = ATTACKS[recipe.attack]
+            poison = partial(draw_poisoning, attack, trigger, recipe.poison_rate)
+            if attack.clean_label:
+                fixed = poison(labels, classes, torch.Generator().manual_seed(recipe.seed))
+                train = self._perturbed(recipe, images, fixed.poisoned) if attack.adversarial else train
 
         def draw(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             batch, truth = crop_and_flip(train[chosen], recipe.flip, generator), labels[chosen]
-            if trigger is not None:
-                drawn = poisoned.of(chosen) if poisoned else None
-                drawn = drawn or draw_poisoning(attack, trigger, rate, truth, images.classes, generator)
+            if poison is not None:
+                drawn = fixed.of(chosen) if fixed is not None else poison(truth, classes, generator)
                 batch, truth = drawn.apply(batch, generator), drawn.labels
             inputs = normalise(batch).to(self.device, memory_format=torch.channels_last)
             return inputs, truth.to(self.device)
@@ -121,7 +122,7 @@ class Zoo:
             folder = self.root / recipe.folder
             _write(folder / "recipe.json", _plain(recipe))
             progress = partial(self.progress, recipe)
-            return fit(model, draw, len(labels), recipe.training, recipe.seed, progress, folder / "progress.pt")
+            return fit(model, draw, len(labels), recipe, recipe.seed, progress, folder / "progress.pt")
 
     def _finish(self, recipe: Recipe, figures: dict[str, Any]) -> dict[str, Any]:
         folder = self.root / recipe.folder
@@ -172,7 +173,7 @@ def refusal(recipe: Recipe, measured: Measurement, twin_ca: float | None) -> str
     """Why an entry does not count as trained; None where it does. `twin_ca` is None for a clean twin."""
     if twin_ca is None:
         return None if measured.ca >= recipe.floor else f"CA {measured.ca:.1%} is below {recipe.floor:.0%}"
-    everyone = recipe.attack != CLEAN and ATTACKS[recipe.attack].all_to_all
+    everyone = recipe.attack is not None and ATTACKS[recipe.attack].all_to_all
     least = LEAST_ASR * (measured.ca if everyone else 1)
     if measured.asr is None or measured.asr < least:
         return f"ASR {measured.asr or 0:.1%} is below {least:.1%}{' (90% of CA)' if everyone else ''}"
