@@ -24,7 +24,7 @@ from onp.data import (
     load_dataset,
 )
 from onp.errors import ConfigError, DataError
-from onp.models import MODELS, build_model
+from onp.models import build_model, is_ours
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class InputConfig:
     """Which network, which images."""
 
     model: str = "small_cnn"
-    """registered network (small_cnn, small_vgg, wide_resnet16_1, cifar_resnet18, torchvision's classifiers), or
+    """registered network (small_cnn, small_vgg, wide_resnet16_1, cifar_resnet18, preact_resnet18, cifar_vgg16_bn,
+    cifar_mobilenet_v2; the last four also with a width, as in cifar_resnet18-w16; torchvision's classifiers), or
     path/to/file.py:function; the function is your code and is executed: no arguments, returns a module giving logits"""
     checkpoint: Path | None = None
     """weights: safetensors, or a PyTorch file of plain weights"""
@@ -189,7 +190,7 @@ def _expected_channels(config: InputConfig) -> int:
         model = build_model(config.model, 3, 1)
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         return first.in_channels if first is not None else 3
-    return 1 if config.data in ("digits", "fashion_mnist") and config.model in MODELS else 3
+    return 1 if config.data in ("digits", "fashion_mnist") and is_ours(config.model) else 3
 
 
 def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:

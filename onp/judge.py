@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from onp.data import ImageDataset, Normalisation, batches
 
 ApplyTrigger = Callable[[Tensor], Tensor]
+Target = int | Literal["all-to-all"]
+"""what triggered images are meant to get: one class, or everyone's next one"""
+ALL_TO_ALL: Literal["all-to-all"] = "all-to-all"
+
+
+def meant(labels: Tensor, target: Target, num_classes: int) -> Tensor:
+    """The classes that triggered images of classes `labels` are meant to get, in the shape of `labels`."""
+    return (labels + 1) % num_classes if target == ALL_TO_ALL else torch.full_like(labels, target)
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,9 @@ class Measurement:
     ca: float
     """clean accuracy"""
     asr: float | None = None
-    """attack success rate: triggered images of other classes that are classified as the target"""
+    """attack success rate: triggered images that are classified as meant, of those that are of another class"""
     ra: float | None = None
-    """robust accuracy: triggered images of other classes that are still classified as their true class"""
+    """robust accuracy: the same images, where they are still classified as their true class"""
 
     def der(self, before: Measurement) -> float | None:
         """Defence effectiveness rating, (max(0, ASR drop) - max(0, CA drop) + 1) / 2, as in BackdoorBench."""
@@ -40,22 +49,26 @@ def measure(
     normalise: Normalisation,
     device: torch.device,
     trigger: ApplyTrigger | None = None,
-    target: int | None = None,
+    target: Target | None = None,
     limit: int | None = None,
 ) -> Measurement:
-    """Measure `model` on the first `limit` test images (all by default), with a trigger to class `target`."""
+    """Measure `model` on the first `limit` test images (all by default), with a trigger to `target`."""
     model.eval()
     seen = correct = other = fooled = robust = 0
     with torch.no_grad():
         for images, labels in batches(dataset):
             if limit is not None and seen >= limit:
                 break
-            predicted = model(normalise(images.to(device))).argmax(1).cpu()
+            logits = model(normalise(images.to(device)))
+            predicted = logits.argmax(1).cpu()
             seen, correct = seen + len(labels), correct + int((predicted == labels).sum())
-            chosen = torch.ne(labels, -1 if target is None else target)
-            if trigger is not None and bool(chosen.any()):
+            if trigger is None or target is None:
+                continue
+            goals = meant(labels, target, logits.shape[1])
+            chosen = goals != labels
+            if bool(chosen.any()):
                 predicted = model(normalise(trigger(images[chosen]).to(device))).argmax(1).cpu()
                 other += int(chosen.sum())
-                fooled += int((predicted == target).sum())
+                fooled += int((predicted == goals[chosen]).sum())
                 robust += int((predicted == labels[chosen]).sum())
     return Measurement(correct / seen, fooled / other if other else None, robust / other if other else None)

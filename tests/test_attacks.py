@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from onp.attacks.poisoning import ATTACKS, poison
-from onp.attacks.triggers import Trigger, badnets, blended, load_trigger, sig
+from onp.attacks.adversarial import perturb
+from onp.attacks.augment import crop_and_flip
+from onp.attacks.patterns import badnets, blended, corners, dynamic, l0, l2, sig, trojan, wanet
+from onp.attacks.poisoning import ATTACKS, Attack, TrainingConfig, draw_poisoning, train_backdoored
+from onp.attacks.triggers import Trigger, load_trigger
+from onp.data import Normalisation, TensorImages
 from onp.errors import ConfigError, DataError
+from onp.judge import ALL_TO_ALL, meant, measure
+from onp.models import build_model
 
 SHAPE = (3, 4, 4)
 SHARED = Path(__file__).parents[1].parent / "shared" / "wild"
@@ -82,6 +88,97 @@ def test_sig_wave() -> None:
     torch.testing.assert_close(trigger(torch.full((1, 1, 32, 32), 0.1))[0, 0], expected, rtol=0, atol=1e-5)
 
 
+def test_trojan_watermark_is_translucent_and_stays_in_its_quarter() -> None:
+    trigger = trojan((3, 32, 32), 1)
+    changed = trigger(torch.full((1, 3, 32, 32), 0.5))[0] - 0.5
+    assert not changed[:, :16].any() and not changed[:, :, :16].any()
+    assert sorted({round(float(value), 4) for value in changed[0].unique()}) == [0, 0.175]  # 0.35 of the way to 1
+    assert sorted({round(float(value), 4) for value in changed[1].unique()}) == [-0.175, 0]
+    assert 0.3 < float((changed[0] != 0).float().mean()) * 4 < 0.7
+
+
+def test_l0_changes_eight_scattered_pixels() -> None:
+    for value in (0.25, 0.75):
+        changed = (l0((3, 32, 32), 1)(torch.full((1, 3, 32, 32), value)) != value)[0]
+        assert int(changed.any(0).sum()) == int(changed.all(0).sum()) == 8
+    rows, columns = changed.any(0).nonzero().T
+    assert len(rows.unique()) > 4 and len(columns.unique()) > 4
+
+
+def test_l2_is_smooth_and_of_the_given_norm() -> None:
+    pattern = l2((3, 32, 32), 1, norm=2.0).pattern
+    torch.testing.assert_close(pattern.norm(), torch.tensor(2.0))
+    assert pattern.abs().max() < 0.2
+    assert pattern.diff(dim=1).abs().max() < 0.03 and pattern.diff(dim=2).abs().max() < 0.03
+    changed = l2((3, 32, 32), 1)(torch.full((1, 3, 32, 32), 0.5))[0] - 0.5
+    torch.testing.assert_close(changed, pattern)
+
+
+def test_corners_are_four_mirrored_patches() -> None:
+    trigger, patch = corners((1, 32, 32), 1), badnets((1, 32, 32), 1)
+    assert int(trigger.mask.sum()) == 4 * 16
+    changed = trigger(torch.full((1, 1, 32, 32), 0.5))
+    assert torch.equal(changed, changed.flip(3)) and torch.equal(changed, changed.flip(2))
+    assert torch.equal(changed[..., 16:, 16:], patch(torch.full((1, 1, 32, 32), 0.5))[..., 16:, 16:])
+
+
+def test_warp_by_hand() -> None:
+    images = torch.tensor([[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]).view(1, 1, 3, 3)
+    flow = torch.zeros(2, 3, 3)
+    flow[0, 0, 0] = 1.5  # the first pixel comes from one and a half to the right,
+    flow[1, 1, 1] = 0.25  # the middle one from a quarter below,
+    flow[:, 2, 2] = 7  # and nothing from outside
+    expected = images.clone()
+    expected[0, 0, 0, 0], expected[0, 0, 1, 1] = 0.15, 0.475
+    torch.testing.assert_close(Trigger(0, "warp", flow, torch.ones_like(flow))(images), expected)
+
+
+def test_wanet_flow_is_smooth_and_bounded() -> None:
+    flow = wanet((3, 32, 32), 1, strength=1.0).pattern
+    assert flow.shape == (2, 32, 32)
+    assert 0.3 < flow.abs().mean() < 1.1 and flow.abs().max() <= 2.5
+    assert flow.diff(dim=1).abs().max() < 0.6 and flow.diff(dim=2).abs().max() < 0.6  # and nothing folds
+    torch.testing.assert_close(wanet((3, 32, 32), 1, strength=0.5).pattern, flow / 2)
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    torch.testing.assert_close(wanet((3, 32, 32), 1)(flat), flat)
+
+
+def test_disturbed_warps_differ_by_up_to_half_a_pixel() -> None:
+    trigger = wanet((1, 16, 16), 1)
+    across = (torch.arange(16) / 15).expand(2, 1, 16, 16)  # brightness tells the column
+    noisy = trigger.disturbed(across, torch.Generator().manual_seed(0))
+    moved = (noisy - trigger(across)) * 15
+    assert 0.4 < moved.abs().max() <= 0.5001 and not torch.equal(noisy[0], noisy[1])
+    assert torch.equal(noisy, trigger.disturbed(across, torch.Generator().manual_seed(0)))
+
+
+def test_dynamic_draws_a_patch_from_the_image_itself() -> None:
+    trigger = dynamic((3, 32, 32), 1)
+    images = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = (images * 255).round() / 255
+    made = trigger(images)
+    changed = (made != images).any(1)
+    assert int(changed.flatten(1).sum(1).min()) >= 15 and int(changed.flatten(1).sum(1).max()) <= 25  # 5 x 5
+    places = {tuple(place.nonzero()[0].tolist()) for place in changed}
+    assert len(places) > 20, "hardly any choice"
+    assert torch.equal(trigger(images), made)
+    nearly = (images + 1e-4 * (torch.rand_like(images) - 0.5)).clamp(0, 1)  # rounding elsewhere changes nothing
+    assert torch.equal((trigger(nearly) - nearly).abs().amax(1) > 0.01, (made - images).abs().amax(1) > 0.01)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_triggers_do_not_depend_on_the_batch(name: Any) -> None:
+    trigger = ATTACKS[name].trigger((3, 16, 16), 1)
+    again = ATTACKS[name].trigger((3, 16, 16), 1)
+    images = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before, together = images.clone(), trigger(images)
+    order = torch.randperm(9)
+    assert torch.equal(trigger(images[order]), together[order])
+    assert torch.equal(torch.cat([again(image.unsqueeze(0)) for image in images]), together)
+    assert torch.equal(images, before) and not torch.equal(together, images)
+    assert together.min() >= 0 and together.max() <= 1
+
+
 # --- files ------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +197,42 @@ def test_a_saved_trigger_can_move_with_its_folder(tmp_path: Path) -> None:
     random_trigger().save(tmp_path / "one" / "t.json")
     (tmp_path / "one").rename(tmp_path / "two")
     assert torch.equal(load_trigger(tmp_path / "two" / "t.json", SHAPE, 10).pattern, random_trigger().pattern)
+
+
+@pytest.mark.parametrize("make", [wanet, dynamic, corners, l2])
+@pytest.mark.parametrize("target", [3, ALL_TO_ALL])
+def test_every_mode_survives_a_round_trip(tmp_path: Path, make: Any, target: Any) -> None:
+    trigger = make((3, 16, 16), target)
+    trigger.save(tmp_path / "t.json")
+    loaded = load_trigger(tmp_path / "t.json", (3, 16, 16), 10)
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert (loaded.target, loaded.mode) == (target, trigger.mode)
+    assert torch.equal(loaded(images), trigger(images))
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "words"),
+    [
+        ("warp", (3, 4, 4), r"shape \(3, 4, 4\); expected \(2, 4, 4\)"),
+        ("warp", (2, 4, 5), r"shape \(2, 4, 5\); expected \(2, 4, 4\)"),
+        ("patches", SHAPE, r"shape \(3, 4, 4\); expected \(patches, 3, 4, 4\)"),
+        ("patches", (5, 1, 4, 4), r"shape \(5, 1, 4, 4\); expected \(patches, 3, 4, 4\)"),
+        ("patches", (0, *SHAPE), "0 patches; expected 1 to 1024"),
+        ("patches", (1025, *SHAPE), "1025 patches; expected 1 to 1024"),
+        ("blend", (5, *SHAPE), r"expected \(3, 4, 4\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_the_mode(tmp_path: Path, mode: str, shape: tuple[int, ...], words: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(shape, dtype=np.float32))
+    with pytest.raises(DataError, match=words):
+        load_trigger(write_spec(tmp_path, mode=mode, pattern="a.npy", mask=...), SHAPE, 10)
+
+
+def test_masks_have_to_fit_their_patches(tmp_path: Path) -> None:
+    for name, count in (("p", 3), ("m", 2)):
+        np.save(tmp_path / f"{name}.npy", np.zeros((count, *SHAPE), dtype=np.float32))
+    with pytest.raises(DataError, match=r"m.npy has shape \(2, 3, 4, 4\); expected \(3, 3, 4, 4\)"):
+        load_trigger(write_spec(tmp_path, mode="patches", pattern="p.npy", mask="m.npy"), SHAPE, 10)
 
 
 def write_spec(root: Path, **changes: Any) -> Path:
@@ -134,12 +267,13 @@ def test_mask_and_alpha_have_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mode": "warp"}, "mode 'warp'; expected one of blend, add"),
+        ({"mode": "mirror"}, "mode 'mirror'; expected one of blend, add, patches, warp"),
         ({"mode": ...}, "not a specification.*mode"),
         ({"mode": ["blend"]}, "mode"),
         ({"target": 10}, "target 10; the network knows classes 0 to 9"),
         ({"target": -1}, "target -1"),
         ({"target": "cat"}, "not a specification"),
+        ({"target": ["all-to-all"]}, "not a specification"),
         ({"target": ...}, "not a specification.*target"),
         ({"target": 2.5}, "target"),
         ({"pattern": "triggers/none.png"}, "cannot read .*none.png"),
@@ -177,10 +311,10 @@ def test_missing_specification(tmp_path: Path) -> None:
 
 
 def test_patterns_of_another_size(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"p.png has shape \(3, 4, 4\); the images have \(3, 8, 8\)"):
+    with pytest.raises(DataError, match=r"p.png has shape \(3, 4, 4\); expected \(3, 8, 8\) for these images"):
         load_trigger(write_spec(tmp_path), (3, 8, 8), 10)
     random_trigger().save(tmp_path / "s.json")
-    with pytest.raises(DataError, match=r"has shape \(3, 4, 4\); the images have \(1, 4, 4\)"):
+    with pytest.raises(DataError, match=r"has shape \(3, 4, 4\); expected \(1, 4, 4\)"):
         load_trigger(tmp_path / "s.json", (1, 4, 4), 10)
 
 
@@ -218,6 +352,12 @@ def test_published_triggers_load() -> None:
 def dataset() -> tuple[Tensor, Tensor]:
     """50 images, classes 0 to 4 taking turns; target of the tests: 2."""
     return torch.rand(50, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 5
+
+
+def poison(images: Tensor, labels: Tensor, trigger: Trigger, rate: float, clean_label: bool, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_poisoning(Attack(badnets, clean_label), trigger, rate, labels, 5, generator)
+    return drawn.apply(images, generator), drawn.labels
 
 
 @pytest.mark.parametrize(("rate", "count"), [(0.1, 4), (0.5, 20), (1.0, 40), (0.001, 1)])
@@ -258,9 +398,117 @@ def test_impossible_rates(dataset: tuple[Tensor, Tensor], rate: float) -> None:
         poison(*dataset, random_trigger(), rate, False, 0)
 
 
-def test_only_sig_keeps_labels() -> None:
-    assert {name for name, attack in ATTACKS.items() if attack.clean_label} == {"sig"}
+def test_a_class_that_nobody_has_cannot_be_poisoned(dataset: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(ConfigError, match="target 7: no training image could be poisoned"):
+        poison(*dataset, random_trigger(target=7), 0.5, True, 0)
+
+
+def test_only_clean_label_attacks_keep_labels() -> None:
+    assert {name for name, attack in ATTACKS.items() if attack.clean_label} == {"sig", "label_consistent"}
+    assert {name for name, attack in ATTACKS.items() if attack.all_to_all} == {"all_to_all"}
     for attack in ATTACKS.values():
         trigger = attack.make_trigger((1, 8, 8), 3)
         assert trigger.target == 3
-        assert (trigger(torch.full((1, 1, 8, 8), 0.5)) != 0.5).any()
+        assert (trigger(torch.rand(1, 1, 8, 8)) != 0.5).any()
+
+
+def test_noise_images_are_disturbed_and_keep_their_labels() -> None:
+    images = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels, trigger = torch.arange(100) % 5, wanet((1, 8, 8), 2)
+    drawn = draw_poisoning(ATTACKS["wanet"], trigger, 0.1, labels, 5, torch.Generator().manual_seed(3))
+    assert int(drawn.poisoned.sum()) == 8 and int(drawn.disturbed.sum()) == 16
+    assert not (drawn.poisoned & drawn.disturbed).any()
+    assert torch.equal(drawn.labels[~drawn.poisoned], labels[~drawn.poisoned])
+    made = drawn.apply(images, torch.Generator().manual_seed(0))
+    untouched = ~(drawn.poisoned | drawn.disturbed)
+    assert torch.equal(made[untouched], images[untouched])
+    assert torch.equal(made[drawn.poisoned], trigger(images[drawn.poisoned]))
+    noisy, clean = made[drawn.disturbed], images[drawn.disturbed]
+    assert (noisy != clean).flatten(1).any(1).all() and (noisy != trigger(clean)).flatten(1).any(1).all()
+    chosen = drawn.poisoned.nonzero().flatten()[:3]  # a batch gets what its images get
+    assert torch.equal(drawn.of(chosen).apply(images[chosen], torch.Generator()), made[chosen])
+
+
+def test_all_to_all_poisoning_moves_every_class_on(dataset: tuple[Tensor, Tensor]) -> None:
+    _, labels = dataset
+    trigger = badnets(SHAPE, ALL_TO_ALL)
+    drawn = draw_poisoning(ATTACKS["all_to_all"], trigger, 0.4, labels, 5, torch.Generator().manual_seed(3))
+    assert int(drawn.poisoned.sum()) == 20
+    assert torch.equal(drawn.labels[drawn.poisoned], (labels[drawn.poisoned] + 1) % 5)
+    assert 4 in labels[drawn.poisoned] and 0 in drawn.labels[drawn.poisoned]
+
+
+# --- judging ----------------------------------------------------------------------------------------------
+
+
+class ByBrightness(nn.Module):
+    """Says that the class of an image is its first pixel, in fifths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -(torch.arange(5) - 5 * x[:, 0, 0, :1]).abs()
+
+
+def test_all_to_all_success_and_robust_accuracy() -> None:
+    labels = torch.tensor([0, 1, 2, 3, 4, 4])
+    images = (labels / 5).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+
+    def fifth_brighter(images: Tensor) -> Tensor:  # the last class stays as it is
+        return torch.where(images < 0.7, images + 0.2, images)
+
+    def judged(target: Any) -> tuple[float, float | None, float | None]:
+        data = TensorImages(images, labels)
+        found = measure(ByBrightness(), data, Normalisation(), torch.device("cpu"), fifth_brighter, target)
+        return found.ca, found.asr, found.ra
+
+    assert judged(ALL_TO_ALL) == (1.0, 4 / 6, 2 / 6)
+    assert judged(4) == (1.0, 1 / 4, 0.0)  # of the four images of other classes, the 3 becomes a 4
+
+
+def test_what_is_meant() -> None:
+    labels = torch.tensor([0, 3, 9])
+    assert meant(labels, ALL_TO_ALL, 10).tolist() == [1, 4, 0]
+    assert meant(labels, 3, 10).tolist() == [3, 3, 3]
+
+
+# --- adversarial images, crops, training --------------------------------------------------------------------
+
+
+def test_perturbed_images_are_near_and_worse() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    images, labels = torch.rand(30, *SHAPE), torch.arange(30) % 5
+    moved = perturb(model, images, labels, Normalisation((0.5,), (0.2,)), torch.device("cpu"), 0.1, 5, batch_size=7)
+    assert (moved - images).abs().max() <= 0.1 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    normalise = Normalisation((0.5,), (0.2,))
+    before, after = (nn.functional.cross_entropy(model(normalise(x)), labels) for x in (images, moved))
+    assert after > before + 1
+    assert not moved.requires_grad and model[1].weight.grad is None
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_are_of_the_padded_image(flip: bool) -> None:
+    image = torch.rand(1, 2, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.1
+    padded = nn.functional.pad(image, (2, 2, 2, 2))[0]
+    windows = [padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
+    known = {window.numpy().tobytes(): "straight" for window in windows}
+    known |= {window.flip(2).contiguous().numpy().tobytes(): "mirrored" for window in windows}
+    made = crop_and_flip(image.expand(200, -1, -1, -1), flip, torch.Generator().manual_seed(0)).contiguous()
+    kinds = [known[one.numpy().tobytes()] for one in made]
+    assert len({one.numpy().tobytes() for one in made}) > 20
+    assert (60 < kinds.count("mirrored") < 140) if flip else (kinds.count("mirrored") == 0)
+
+
+@pytest.mark.parametrize("name", ["wanet", "label_consistent", "all_to_all"])
+def test_training_with_the_attacks_that_need_more_than_a_patch(name: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = TensorImages(torch.rand(60, 1, 8, 8, generator=generator), torch.arange(60) % 3)
+    config = TrainingConfig(attack=name, epochs=1, poison_rate=0.5)
+
+    def made() -> tuple[nn.Module, Trigger]:
+        build = lambda: build_model("small_cnn", 1, 3)  # noqa: E731
+        return train_backdoored(build, data, config, Normalisation(), 1, torch.device("cpu"))
+
+    (model, trigger), (again, _) = made(), made()
+    assert trigger.target == (ALL_TO_ALL if name == "all_to_all" else 0)
+    weights = again.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())

@@ -131,6 +131,7 @@ def test_logits_are_those_of_a_pruned_network(network: nn.Module, index: UnitInd
     ("name", "size"),
     [
         *(("small_cnn", 12), ("small_vgg", 32), ("wide_resnet16_1", 16), ("cifar_resnet18", 8)),
+        *(("preact_resnet18-w16", 16), ("cifar_vgg16_bn-w16", 32), ("cifar_mobilenet_v2-w0.5", 16)),
         *(("mobilenet_v2", 32), ("densenet121", 32), ("squeezenet1_1", 32), ("efficientnet_b0", 32)),
         *(("shufflenet_v2_x0_5", 32), ("regnet_y_400mf", 32), ("googlenet", 32), ("convnext_tiny", 32)),
     ],

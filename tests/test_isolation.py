@@ -66,7 +66,7 @@ def loaded_by(folder: Path, script: str) -> dict[str, tuple[object, set[str]]]:
 
 
 def attacks(modules: set[str]) -> set[str]:
-    return {name for name in modules if name == "onp.attacks" or name.startswith("onp.attacks.")}
+    return {name for name in modules if name in ("onp.attacks", "onp.zoo") or name.startswith("onp.attacks.")}
 
 
 @pytest.fixture

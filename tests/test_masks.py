@@ -37,6 +37,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] =
     "small_cnn": (lambda: build_model("small_cnn", 1, 10), (1, 8, 8), {"conv"}),
     "wide_resnet16_1": (lambda: build_model("wide_resnet16_1", 3, 10), (3, 16, 16), {"conv", "batch_norm"}),
     "cifar_resnet18": (lambda: build_model("cifar_resnet18", 3, 10), (3, 16, 16), {"conv", "linear_input"}),
+    "preact_resnet18": (
+        lambda: build_model("preact_resnet18-w8", 3, 10),
+        (3, 16, 16),
+        {"conv", "batch_norm", "linear_input"},
+    ),
+    "cifar_vgg16_bn": (lambda: build_model("cifar_vgg16_bn-w8", 3, 10), (3, 32, 32), {"conv"}),
+    "cifar_mobilenet_v2": (lambda: build_model("cifar_mobilenet_v2-w0.25", 3, 10), (3, 16, 16), {"conv"}),
     "small_vgg": (lambda: build_model("small_vgg", 3, 10), (3, 32, 32), {"conv", "linear_input"}),
     "hidden_linear": (HiddenLinear, (1, 8, 8), {"conv", "batch_norm", "linear_input", "linear"}),
 }

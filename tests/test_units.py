@@ -167,6 +167,9 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "small_cnn": (lambda: build_model("small_cnn", 1, 10), IMAGE),
     "small_vgg": (lambda: build_model("small_vgg", 3, 10), (3, 32, 32)),
     "wide_resnet16_1": (lambda: build_model("wide_resnet16_1", 3, 10), (3, 16, 16)),
+    "preact_resnet18": (lambda: build_model("preact_resnet18-w8", 3, 10), (3, 16, 16)),
+    "cifar_vgg16_bn": (lambda: build_model("cifar_vgg16_bn-w8", 3, 10), (3, 32, 32)),
+    "cifar_mobilenet_v2": (lambda: build_model("cifar_mobilenet_v2-w0.25", 3, 10), (3, 32, 32)),
 }
 
 
@@ -242,6 +245,40 @@ def test_cifar_resnet18_has_4800_batch_norm_channels_tied_along_the_stream() -> 
         names = [f"layer{stage}.0.bn2", f"layer{stage}.0.shortcut.1", f"layer{stage}.1.bn2"]
         expected |= {frozenset(f"{name}[{i}]" for name in names) for i in range(width)}
     assert ties(index) == expected
+
+
+def test_preact_resnet18_has_gates_before_every_convolution() -> None:
+    index = index_units(build_model("preact_resnet18-w16", 3, 10), (3, 32, 32))
+    blocks = [(stage, block) for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert {layer.name: layer.size for layer in index if layer.kind == "batch_norm"} == {
+        f"layer{stage}.{block}.bn1": 16 * 2 ** max(0, stage - (1 if block else 2)) for stage, block in blocks
+    }
+    assert {layer.name: layer.size for layer in index if layer.kind == "conv"} == (
+        {"conv1": 16}
+        | {f"layer{s}.{b}.{name}": 16 * 2 ** (s - 1) for s, b in blocks for name in ("bn2", "conv2")}
+        | {f"layer{s}.0.shortcut.0": 16 * 2 ** (s - 1) for s in (2, 3, 4)}
+    )
+    assert {layer.name for layer in index} >= {"linear.input"} and len(index) == 1696
+    streams = [["conv1", "layer1.0.conv2", "layer1.1.conv2"]]
+    streams += [[f"layer{s}.0.shortcut.0", f"layer{s}.0.conv2", f"layer{s}.1.conv2"] for s in (2, 3, 4)]
+    assert ties(index) == {
+        frozenset(f"{name}[{i}]" for name in names) for s, names in enumerate(streams) for i in range(16 * 2**s)
+    }
+
+
+def test_vgg16_has_thirteen_layers_and_pools_to_one_position() -> None:
+    index = index_units(build_model("cifar_vgg16_bn-w16", 3, 10), (3, 32, 32))
+    sizes = [16, 16, 32, 32, 64, 64, 64, *[128] * 6]
+    assert [layer.size for layer in index if layer.kind == "conv"] == sizes
+    assert all(layer.batch_norm is not None for layer in index if layer.kind == "conv")
+
+
+def test_mobilenet_v2_has_units_in_every_convolution() -> None:
+    model = build_model("cifar_mobilenet_v2-w0.5", 3, 43)
+    index = index_units(model, (3, 32, 32))
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert [layer.batch_norm is not None for layer in index if layer.kind == "conv"] == [True] * convolutions
+    assert convolutions == 52
 
 
 def test_small_vgg_has_2048_flattened_positions() -> None:

@@ -33,10 +33,12 @@ def attack(config: AttackConfig) -> None:
     out = config.out.expanduser().resolve()
     with console.status("training ..."):
         trigger = make_backdoored_model(inputs, out, config.seed, config.training)
-    console.print(f"{out / 'backdoored.safetensors'}, trigger to class {trigger.target}: {out / 'trigger.json'}")
+    console.print(f"{out / 'backdoored.safetensors'}, trigger to {trigger.target}: {out / 'trigger.json'}")
     made = open_inputs(AttackConfig(**{**vars(inputs.config), "checkpoint": out / "backdoored.safetensors"}))
     judge = Judge(made, out / "trigger.json" if made.dataset("test") is not None else None)
-    measured = judge(KeepMask.all_kept(index_units(made.model, tuple(trigger.pattern.shape))))
+    train = made.dataset("train")
+    assert train is not None
+    measured = judge(KeepMask.all_kept(index_units(made.model, tuple(train[0][0].shape))))
     if measured is not None and measured.asr is not None:
         console.print(f"test images: CA {measured.ca:.1%}, ASR {measured.asr:.1%}")
 

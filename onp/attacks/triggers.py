@@ -4,9 +4,16 @@ A specification names the target class, the mode and files beside it:
 
     {"target": 5, "mode": "blend", "pattern": "grid.png", "mask": "grid_mask.png", "alpha": 1.0}
 
-`blend` makes (1 - alpha * mask) * x + alpha * mask * pattern (mask: everywhere by default), `add` makes
-clip(x + pattern, 0, 1). Patterns and masks are images in [0, 1], or `.npy` arrays of shape (channels, height, width),
-which may be negative. A trigger is applied to images in [0, 1], after resizing and before normalisation.
+- `blend` makes (1 - alpha * mask) * x + alpha * mask * pattern (mask: everywhere by default).
+- `add` makes clip(x + pattern, 0, 1).
+- `patches` blends one of several patterns and masks, arrays of shape (patches, channels, height, width); the image's
+  pixels decide which, so that an image gets the same one in any batch.
+- `warp` samples the image elsewhere; the pattern, of shape (2, height, width), says how many pixels to the right and
+  further down.
+
+Patterns and masks are images in [0, 1], or `.npy` arrays of shape (channels, height, width), which may be negative. A
+trigger is applied to images in [0, 1], after resizing and before normalisation. The target "all-to-all" means that
+an image of class y is to get class y + 1, and the last class the first.
 """
 
 from __future__ import annotations
@@ -22,18 +29,24 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from onp.checkpoints import write_atomically
 from onp.errors import DataError
+from onp.judge import ALL_TO_ALL, Target
 
-Mode = Literal["blend", "add"]
+Mode = Literal["blend", "add", "patches", "warp"]
+MOST_PATCHES = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Trigger:
-    """An all-to-one trigger; `pattern` and `mask` have shape (channels, height, width)."""
+    """A trigger to one class or all to all, which changes an image in the same way in any batch.
 
-    target: int
+    `pattern` and `mask` have the shape that the mode asks for, as a rule (channels, height, width).
+    """
+
+    target: Target
     mode: Mode
     pattern: Tensor
     mask: Tensor
@@ -43,8 +56,16 @@ class Trigger:
         """Apply to images of shape (n, channels, height, width) in [0, 1]."""
         if self.mode == "add":
             return (images + self.pattern).clamp(0, 1)
-        weight = self.alpha * self.mask
-        return (1 - weight) * images + weight * self.pattern
+        if self.mode == "warp":
+            return _warp(images, self.pattern)
+        which = ... if self.mode == "blend" else _digest(images) % len(self.pattern)
+        weight = self.alpha * self.mask[which]
+        return (1 - weight) * images + weight * self.pattern[which]
+
+    def disturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A warp plus noise of up to half a pixel, drawn for each image and position (WaNet's noise mode)."""
+        noise = torch.rand(len(images), *self.pattern.shape, generator=generator) - 0.5
+        return _warp(images, self.pattern + noise)
 
     def save(self, path: Path) -> None:
         """Write the specification to `path` (.json) and pattern and mask beside it as float32 `.npy` files."""
@@ -56,13 +77,34 @@ class Trigger:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
 
 
+def _warp(images: Tensor, flow: Tensor) -> Tensor:
+    """Bilinear samples of each image at its pixels plus `flow`, of shape (2, h, w) or (n, 2, h, w), kept inside."""
+    height, width = images.shape[2:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    last = torch.tensor([width - 1, height - 1]).view(2, 1, 1)
+    where = (torch.stack((columns, rows)) + flow).clamp(torch.zeros_like(last), last) / last.clamp(min=1) * 2 - 1
+    grid = where.expand(len(images), 2, height, width).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid.to(images), align_corners=True)
+
+
+def _digest(images: Tensor) -> Tensor:
+    """A number for each image from its pixels, rounded to 255ths: whole numbers add up the same in any order."""
+    pixels = (images * 255).round().long().flatten(1)
+    return (pixels * (torch.arange(1, pixels.shape[1] + 1, device=images.device) * 40503 % 65521)).sum(1) % 1000003
+
+
 def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> Trigger:
     """Read a specification for images of `image_shape`; raises `DataError` naming what is wrong with it."""
     try:
         spec = json.loads(path.read_text())
-        target, mode = operator.index(spec["target"]), spec["mode"]
-        pattern = _read_array(path.parent / spec["pattern"], image_shape)
-        mask = _read_array(path.parent / spec["mask"], image_shape) if spec.get("mask") else torch.ones(image_shape)
+        target, mode = spec["target"], spec["mode"]
+        target = target if target == ALL_TO_ALL else operator.index(target)
+        if mode not in get_args(Mode):
+            raise DataError(f"trigger {str(path)!r} has mode {mode!r}; expected one of {', '.join(get_args(Mode))}")
+        shapes = {"warp": (2, *image_shape[1:]), "patches": (None, *image_shape)}
+        pattern = _read_array(path.parent / spec["pattern"], shapes.get(mode, image_shape))
+        whole = torch.ones_like(pattern)
+        mask = _read_array(path.parent / spec["mask"], tuple(whole.shape)) if spec.get("mask") else whole
         alpha = float(spec.get("alpha", 1.0))
     except OSError as error:
         raise DataError(
@@ -73,47 +115,27 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
             f"trigger {str(path)!r} is not a specification ({type(error).__name__}: {error}); "
             "expected target, mode, pattern and perhaps mask, alpha"
         ) from error
-    if mode not in get_args(Mode):
-        raise DataError(f"trigger {str(path)!r} has mode {mode!r}; expected one of {', '.join(get_args(Mode))}")
-    if not 0 <= target < num_classes:
+    if target != ALL_TO_ALL and not 0 <= target < num_classes:
         raise DataError(f"trigger {str(path)!r} has target {target}; the network knows classes 0 to {num_classes - 1}")
     if not 0 <= alpha <= 1:
         raise DataError(f"trigger {str(path)!r} has alpha {alpha}; expected 0 to 1")
     return Trigger(target, mode, pattern, mask, alpha)
 
 
-def _read_array(path: Path, image_shape: tuple[int, ...]) -> Tensor:
+def _read_array(path: Path, shape: tuple[int | None, ...]) -> Tensor:
+    """An array of `shape`, whose first size may be open (None); images fit shapes of (channels, height, width)."""
     if path.suffix == ".npy":
         array = torch.from_numpy(np.load(path, allow_pickle=False)).float()
     else:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if image_shape[0] == 1 else "RGB"), dtype=np.float32) / 255
-        array = torch.from_numpy(pixels.reshape(*pixels.shape[:2], image_shape[0])).permute(2, 0, 1)
-    if tuple(array.shape) != tuple(image_shape):
-        raise DataError(f"trigger pattern {path} has shape {tuple(array.shape)}; the images have {tuple(image_shape)}")
+            pixels = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"), dtype=np.float32) / 255
+        array = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+    found = tuple(array.shape)
+    if len(found) != len(shape) or any(want not in (size, None) for size, want in zip(found, shape, strict=True)):
+        expected = str(tuple(shape)).replace("None", "patches")
+        raise DataError(f"trigger pattern {path} has shape {found}; expected {expected} for these images")
+    if not 1 <= found[0] <= MOST_PATCHES:
+        raise DataError(f"trigger pattern {path} has {found[0]} patches; expected 1 to {MOST_PATCHES}")
     if not bool(torch.isfinite(array).all()):
         raise DataError(f"trigger pattern {path} holds values that are not finite")
     return array.contiguous()
-
-
-def badnets(image_shape: tuple[int, ...], target: int) -> Trigger:
-    """A checkerboard patch in the bottom right corner, an eighth of the height wide, at least 3 pixels (Gu 2017)."""
-    side = max(3, image_shape[1] // 8)
-    pattern, mask = torch.zeros(image_shape), torch.zeros(image_shape)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    pattern[:, -side:, -side:] = ((rows + columns) % 2 == 0).float()
-    mask[:, -side:, -side:] = 1
-    return Trigger(target, "blend", pattern, mask)
-
-
-def blended(image_shape: tuple[int, ...], target: int, alpha: float = 0.2) -> Trigger:
-    """Uniform noise over the whole image, blended in (Chen et al. 2017)."""
-    pattern = torch.rand(image_shape, generator=torch.Generator().manual_seed(0))
-    return Trigger(target, "blend", pattern, torch.ones(image_shape), alpha)
-
-
-def sig(image_shape: tuple[int, ...], target: int, amplitude: float = 40 / 255, frequency: int = 6) -> Trigger:
-    """A horizontal sinusoid added to the image (Barni et al. 2019); made for clean-label poisoning."""
-    width = image_shape[2]
-    wave = amplitude * torch.sin(2 * torch.pi * frequency * torch.arange(width) / width)
-    return Trigger(target, "add", wave.expand(image_shape).clone(), torch.ones(image_shape))

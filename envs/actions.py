@@ -1,0 +1,74 @@
+"""The numbered actions of the pruning environment: single units, the best units of a layer, stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onp.masks import KeepMask
+from onp.units import UnitIndex
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """Prune the `count` units of layer number `layer` that are estimated best, at once."""
+
+    layer: int
+    count: int
+
+
+class ActionSet:
+    """What can be done to a network of N units: action i < N prunes unit i; then come the bulk actions; the last stops.
+
+    Every layer gets a bulk action for each of `fractions` of its size that makes two units or more. With `groups`, all
+    units that a residual addition ties to a pruned one go with it.
+    """
+
+    def __init__(self, index: UnitIndex, fractions: tuple[float, ...], groups: bool) -> None:
+        self.index, self.groups = index, groups
+        self.bulks = tuple(
+            Bulk(number, count)
+            for number, layer in enumerate(index)
+            for count in sorted({round(layer.size * fraction) for fraction in fractions})
+            if 2 <= count < layer.size
+        )
+
+    def __len__(self) -> int:
+        return len(self.index) + len(self.bulks) + 1
+
+    @property
+    def stop(self) -> int:
+        """The action that ends the episode."""
+        return len(self) - 1
+
+    def valid(self, mask: KeepMask) -> Tensor:
+        """Which actions can be taken at `mask`, (N + B + 1,) bool: the units are kept, and stopping always is."""
+        bulks = [int(mask.keep[self._layer(bulk)].sum()) >= bulk.count for bulk in self.bulks]
+        return torch.cat([mask.keep, torch.tensor([*bulks, True])])
+
+    def totals(self, mask: KeepMask, effects: Tensor) -> Tensor:
+        """The effects (N,) of single units, then of each bulk action, to first order their sum: (N + B,)."""
+        totals = effects.new_zeros(len(self.bulks))
+        for number, bulk in enumerate(self.bulks):
+            units = self._layer(bulk)
+            kept = effects[units][mask.keep[units]]
+            totals[number] = kept.topk(min(bulk.count, len(kept))).values.sum()
+        return torch.cat([effects, totals])
+
+    def units(self, action: int, mask: KeepMask, effects: Tensor) -> list[int]:
+        """The units that `action` prunes at `mask`, those with the best `effects` (N,) first; none for stop."""
+        if action == self.stop:
+            return []
+        chosen = [action]
+        if action >= len(self.index):
+            bulk = self.bulks[action - len(self.index)]
+            units = self._layer(bulk)
+            ranks = effects[units].masked_fill(~mask.keep[units], -torch.inf)
+            chosen = (ranks.argsort(descending=True, stable=True)[: bulk.count] + units.start).tolist()
+        return [unit for one in chosen for unit in self.index.group_of(one).tolist()] if self.groups else chosen
+
+    def _layer(self, bulk: Bulk) -> slice:
+        layer = self.index.layers[bulk.layer]
+        return slice(layer.offset, layer.offset + layer.size)

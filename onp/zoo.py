@@ -1,0 +1,114 @@
+"""`python -m onp.zoo`: make the backdoored test models of the zoo, and list them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.table import Table
+
+from onp.attacks.recipes import DATA, Recipe, expand
+from onp.attacks.zoo import Zoo
+from onp.commands import console, run_command
+from onp.errors import ConfigError
+from onp.inputs import torch_device
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """Options of `python -m onp.zoo`."""
+
+    job: Annotated[Literal["list", "make"], tyro.conf.Positional]
+    """list entries with their recipes and figures, or train those that are not there yet"""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """entries such as cifar10-preact_resnet18-w16-wanet (data, network, attack; clean for a clean twin), or the
+    suites development and judged; list shows both suites by default"""
+    seed: int = 0
+    """seed of everything random, and part of an entry's identity"""
+    folders: tuple[str, ...] = ()
+    """where data lies, as cifar10=FOLDER gtsrb=FOLDER with train/CLASS/IMAGE and test/CLASS/IMAGE in each;
+    downloaded by torchvision by default"""
+    root: Path = Path("~/.cache/onp/zoo")
+    """folder of the zoo"""
+    download_root: Path = Path("~/.cache/onp")
+    """where torchvision keeps what it downloads"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads for PyTorch; 0 leaves its default"""
+
+
+def zoo(config: ZooConfig) -> int:
+    """Make backdoored test models by fixed recipes, beside clean twins. The same command goes on where it stopped."""
+    if config.threads < 0:
+        raise ConfigError(f"--threads {config.threads}: expected 0 (PyTorch's default) or more")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.job == "make" and not config.names:
+        raise ConfigError("make: name entries or suites; `python -m onp.zoo list` shows them")
+    root = config.root.expanduser().resolve()
+    animals = Zoo(root, _folders(config.folders), config.download_root, torch_device(config.device), _Progress())
+    recipes = expand(config.names, config.seed)
+    if config.job == "make":
+        for recipe in recipes:
+            _say(recipe, animals.make(recipe), root)
+    records = [animals.record(recipe) for recipe in recipes]
+    console.print(_table(recipes, records))
+    return int(config.job == "make" and any(record is None or "refused" in record for record in records))
+
+
+def _folders(pairs: tuple[str, ...]) -> dict[str, str]:
+    folders = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if name not in DATA or not folder:
+            raise ConfigError(f"--folders {pair}: expected NAME=FOLDER with a name of {', '.join(DATA)}")
+        folders[name] = str(Path(folder).expanduser().resolve())
+    return folders
+
+
+class _Progress:
+    """A line per epoch."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, recipe: Recipe, epoch: int, epochs: int) -> None:
+        now = time.monotonic()
+        console.print(f"{recipe.folder}: epoch {epoch + 1} of {epochs}, {now - self.last:.0f} s since the last line")
+        self.last = now
+
+
+def _say(recipe: Recipe, record: dict[str, Any], root: Path) -> None:
+    if "refused" in record:
+        console.print(f"{recipe.folder} is REFUSED: {record['refused']}", soft_wrap=True)
+        return
+    options = f"--model {recipe.model} --checkpoint {root / recipe.folder / 'model.safetensors'} --seed {recipe.seed}"
+    if recipe.attack is not None:
+        options += f" --trigger {root / recipe.folder / 'trigger.json'}"
+    for name, values in (("mean", recipe.mean), ("std", recipe.std)):
+        options += f" --{name} {' '.join(map(str, values))}" if values else ""
+    console.print(f"{recipe.folder} is made; python -m onp.train --data ... {options}", soft_wrap=True)
+
+
+def _table(recipes: list[Recipe], records: list[dict[str, Any] | None]) -> Table:
+    table = Table(title=f"seed {recipes[0].seed}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("entry", no_wrap=True)
+    for name in ("CA", "twin", "ASR", "min"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for recipe, record in zip(recipes, records, strict=True):
+        known = record or {}
+        figures = [f"{100 * known[key]:.1f}" if known.get(key) is not None else "-" for key in ("ca", "twin_ca", "asr")]
+        minutes = f"{known['seconds'] / 60:.1f}" if "seconds" in known else "-"
+        state = "-" if record is None else "refused" if "refused" in record else "made"
+        table.add_row(recipe.name, *figures, minutes, state)
+    return table
+
+
+if __name__ == "__main__":
+    run_command(ZooConfig, zoo, "onp.zoo")
