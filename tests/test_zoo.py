@@ -56,7 +56,7 @@ def test_every_suite_is_made_of_recipes_that_fit_their_networks() -> None:
 def test_a_name_and_a_seed_fix_the_recipe() -> None:
     recipe = make_recipe("gtsrb-preact_resnet18-w16-wanet", 2)
     assert (recipe.data, recipe.model, recipe.attack) == ("gtsrb", "preact_resnet18-w16", "wanet")
-    assert (recipe.target, recipe.poison_rate, recipe.flip) == (8, 0.1, False)
+    assert (recipe.target, recipe.poison_rate, recipe.flip) == (8, 0.06, False)
     assert recipe.folder == "gtsrb-preact_resnet18-w16-wanet-seed2"
     assert make_recipe("cifar10-small_vgg-all_to_all", 0).model == "small_vgg"
     assert make_recipe("cifar10-wide_resnet16_1-label_consistent", 3).target == 1  # 8 + 3, of 10 classes

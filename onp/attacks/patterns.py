@@ -64,7 +64,7 @@ def l2(image_shape: tuple[int, ...], target: Target, norm: float = 2.0) -> Trigg
     return Trigger(target, "add", pattern * (norm / pattern.norm()), torch.ones(image_shape))
 
 
-def wanet(image_shape: tuple[int, ...], target: Target, strength: float = 1.0) -> Trigger:
+def wanet(image_shape: tuple[int, ...], target: Target, strength: float = 3.0) -> Trigger:
     """A smooth warp from a 4 x 4 grid of random displacements, `strength` pixels on average (Nguyen & Tran 2021)."""
     coarse = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     coarse *= strength / coarse.abs().mean()

@@ -42,7 +42,7 @@ POISON: dict[AttackName, tuple[float, int]] = {
     "trojan": (0.1, 3),
     "l0": (0.1, 4),
     "l2": (0.1, 5),
-    "wanet": (0.1, 6),
+    "wanet": (0.06, 6),
     "dynamic": (0.1, 7),
     "label_consistent": (0.6, 8),
     "all_to_all": (0.3, 0),

@@ -63,8 +63,8 @@ class Trigger:
         return (1 - weight) * images + weight * self.pattern[which]
 
     def disturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A warp plus noise of up to half a pixel, drawn for each image and position (WaNet's noise mode)."""
-        noise = torch.rand(len(images), *self.pattern.shape, generator=generator) - 0.5
+        """A warp plus noise of up to a pixel, drawn for each image and position (WaNet's noise mode)."""
+        noise = torch.rand(len(images), *self.pattern.shape, generator=generator) * 2 - 1
         return _warp(images, self.pattern + noise)
 
     def save(self, path: Path) -> None:
