@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn import GATv2Conv
+from torch_geometric.utils import scatter
 
 from onp.config import AgentConfig
 
@@ -45,15 +46,19 @@ class GraphEncoder(nn.Module):
 
 
 class PointerNetwork(nn.Module):
-    """Observation to masked action logits (batch, N + 1) and values (batch, 1).
+    """Observation to masked action logits (batch, N + B + 1) and values (batch, 1).
 
-    The logits start at a prior, minus a multiple of the log of a unit's rank by the first-order effects in the
+    A unit is read by its embedding, a bulk action by the mean embedding of its layer and the size of its bite. The
+    logits start at a prior, minus a multiple of the log of an action's rank by the first-order effects in the
     observation, so that an untrained policy samples near the gradient's choice, whatever the network's size.
     """
 
     x: Tensor
     edge_index: Tensor
     edge_attr: Tensor
+    layer: Tensor
+    bulk_layer: Tensor
+    bites: Tensor
 
     def __init__(self, graph: Data, config: AgentConfig) -> None:
         super().__init__()
@@ -61,7 +66,13 @@ class PointerNetwork(nn.Module):
         self.register_buffer("x", graph.x, persistent=False)
         self.register_buffer("edge_index", graph.edge_index, persistent=False)
         self.register_buffer("edge_attr", graph.edge_attr, persistent=False)
+        self.register_buffer("layer", graph.layer, persistent=False)
+        self.register_buffer("bulk_layer", graph.bulk_layer, persistent=False)
+        sizes = torch.bincount(graph.layer)[graph.bulk_layer]
+        bites = torch.stack([graph.bulk_count.log2() / 10, graph.bulk_count / sizes], 1)
+        self.register_buffer("bites", bites, persistent=False)
         hidden = config.hidden
+        self.bulk = nn.Linear(hidden + 2, hidden)
         self.encoder = GraphEncoder(graph.x.shape[1], graph.edge_attr.shape[1], config)
         self.context = nn.Sequential(nn.Linear(2 * hidden + 2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.query = nn.Linear(hidden, hidden)
@@ -103,17 +114,21 @@ class PointerNetwork(nn.Module):
         return self._embedding[1]
 
     def _logits(self, embedding: Tensor, context: Tensor, observation: dict[str, Tensor]) -> Tensor:
-        match = self.query(context) @ embedding.T / math.sqrt(embedding.shape[1])
-        effects = observation["effects"].masked_fill(observation["kept"] < 0.5, -torch.inf)
+        layers = scatter(embedding, self.layer, reduce="mean")
+        bulks = self.bulk(torch.cat([layers[self.bulk_layer], self.bites], 1))
+        choices = torch.cat([embedding, bulks])
+        match = self.query(context) @ choices.T / math.sqrt(choices.shape[1])
+        effects = observation["effects"].masked_fill(observation["action_mask"][:, :-1] < 0.5, -torch.inf)
         # Ties share a rank: the prior must not depend on how units are numbered.
         rank = effects.shape[1] - torch.searchsorted(effects.sort(dim=1).values, effects, right=True)
-        units = match + self.bias(embedding).T - self.prior_weight * torch.log1p(rank)
-        return torch.cat([units, self.stop(context)], 1).masked_fill(observation["action_mask"] < 0.5, -1e8)
+        acting = match + self.bias(choices).T - self.prior_weight * torch.log1p(rank)
+        return torch.cat([acting, self.stop(context)], 1).masked_fill(observation["action_mask"] < 0.5, -1e8)
 
 
 def blank_policy(config: AgentConfig, features: int, edge_features: int) -> GraphPolicy:
     """A policy over a graph of one unit, to hold or to check weights."""
     graph = Data(torch.zeros(1, features), torch.empty(2, 0, dtype=torch.long), torch.empty(0, edge_features))
+    graph.layer, graph.bulk_layer, graph.bulk_count = torch.zeros(1).long(), torch.zeros(0).long(), torch.zeros(0)
     space = spaces.Dict({"kept": spaces.MultiBinary(1)})
     return GraphPolicy(space, spaces.Discrete(2), lambda _: 0.0, graph=graph, config=config)
 

@@ -45,7 +45,7 @@ class BudgetCallback(BaseCallback):
             used = info["reward_evaluations"]
             if "episode" in info:
                 self.curve.evaluations.append(used)
-                self.curve.returns.append(float(info["episode"]["r"]))
+                self.curve.returns.append(info["return"])
                 self.logger.record_mean("pruning/units_pruned", info["units_pruned"])
                 for name, value in info["terms"].items():
                     self.logger.record_mean(f"pruning/{name}", value)
@@ -63,7 +63,8 @@ def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir:
 
     def training_env(number: int) -> gym.Env[Any, Any]:
         twin = env.unwrapped.twin() if number else env  # type: ignore[attr-defined]
-        return ReturnToBest(Monitor(twin), config.restart_fraction, config.elites, seed + number)
+        restarts = ReturnToBest(twin, config.restart_fraction, config.elites, config.patience, seed + number)
+        return Monitor(restarts)
 
     return PPO(
         GraphPolicy,

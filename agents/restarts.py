@@ -1,4 +1,4 @@
-"""Return, then explore: training episodes that begin part of the way along the best ones so far."""
+"""Return, then explore: training episodes that begin part of the way along the best ones so far, and end in time."""
 
 from __future__ import annotations
 
@@ -12,35 +12,42 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """Begin a fraction of the episodes at a random point of one of the best action sequences (Ecoffet et al. 2021).
 
     The sequence is replayed, so the environment has to be deterministic; where it answers masks from memory, that costs
-    no reward evaluation. A sequence ends where its return was highest, and never ends its episode.
+    no reward evaluation. A sequence ends where its return was highest, and never ends its episode. An episode is
+    truncated when `patience` steps in a row have not raised its best return: what is left of the budget is better spent
+    elsewhere.
     """
 
-    def __init__(self, env: gym.Env[Any, np.int64], fraction: float, elites: int, seed: int) -> None:
+    def __init__(self, env: gym.Env[Any, np.int64], fraction: float, elites: int, patience: int, seed: int) -> None:
         super().__init__(env)
-        self.fraction, self.elites = fraction, elites
+        self.fraction, self.elites, self.patience = fraction, elites, patience
         self.generator = np.random.default_rng(seed)
         self.best: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
         """return and actions of the best sequences, one for each set of actions"""
         self._actions: tuple[int, ...] = ()
-        self._return = 0.0
+        self._return = self._highest = 0.0
+        self._idle = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, and perhaps replay; `seed` and `options` go to the environment."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self._actions, self._return = (), 0.0
+        self._actions, self._return, self._highest, self._idle = (), 0.0, 0.0, 0
         if self.best and self.generator.random() < self.fraction:
             _, actions = list(self.best.values())[self.generator.integers(len(self.best))]
             for action in actions[: self.generator.integers(len(actions) + 1)]:
                 observation, _, _, _, info = self.step(np.int64(action))
+            self._highest, self._idle = self._return, 0
         return observation, info
 
     def step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, and remember the sequence where it is among the best."""
+        """Step, and remember the sequence where it is among the best; `info["return"]` counts what was replayed too."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._actions, self._return = (*self._actions, int(action)), self._return + float(reward)
         if not (terminated or truncated):
             self._remember()
-        return observation, reward, terminated, truncated, info
+        self._idle = 0 if self._return > self._highest else self._idle + 1
+        self._highest = max(self._highest, self._return)
+        info = {**info, "return": self._return}
+        return observation, reward, terminated, truncated or self._idle >= self.patience, info
 
     def _remember(self) -> None:
         key = frozenset(self._actions)

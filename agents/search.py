@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from envs.pruning import PruningEnv
@@ -28,28 +29,28 @@ def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress
     for unit in ranked_units(env):
         if env.reward_evaluations >= budget:
             break
-        if mask.keep[unit]:
-            mask = env.prune(mask, unit)
+        mask = mask.without(env.actions.units(unit, mask, env.effects["score"]))
         env.objective.score(mask)
         progress(env.reward_evaluations, budget)
 
 
 def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
-    """Step by step take the unit that raises the potential most, among the best-ranked units still kept.
+    """Step by step take the action that raises the potential most, among those with the best estimates.
 
-    So many units are tried per step that the budget lasts for `max_steps` steps.
+    So many are tried per step that the budget lasts for `max_steps` steps.
     """
-    env.reset()
-    order = ranked_units(env)
-    width = max(1, (budget - env.reward_evaluations) // env.config.max_steps)
+    width = max(1, (budget - env.reward_evaluations) // env.config.max_steps - 1)  # a step costs a sensitivity pass too
     mask = env.objective.all_kept
-    while env.reward_evaluations < budget and mask.units_pruned < len(order):
-        trials = [env.prune(mask, unit) for unit in [unit for unit in order if mask.keep[unit]][:width]]
+    while env.reward_evaluations < budget and bool(mask.keep.any()):
+        effects = env.objective.effects(mask)["score"]
+        totals, valid = env.actions.totals(mask, effects), env.actions.valid(mask)[:-1]
+        order = totals.masked_fill(~valid, -torch.inf).argsort(descending=True, stable=True)[: int(valid.sum())]
+        trials = [env.after(mask, action) for action in order[:width].tolist()]
         for trial in trials[: budget - env.reward_evaluations]:
             env.objective.score(trial)
             progress(env.reward_evaluations, budget)
         scored = [trial for trial in trials if trial.key in env.objective.scores]
-        mask = max(scored, key=lambda trial: env.objective.score(trial).potential)
+        mask = max(scored, key=lambda trial: env.objective.score(trial).potential, default=mask)
 
 
 def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
@@ -61,7 +62,8 @@ def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
         for _ in range(env.config.max_steps):
             if env.reward_evaluations >= budget or mask.units_pruned == len(env.index):
                 break
-            mask = env.prune(mask, int(generator.choice(mask.keep.nonzero().flatten().numpy())))
+            unit = int(generator.choice(mask.keep.nonzero().flatten().numpy()))
+            mask = mask.without(env.actions.units(unit, mask, env.effects["score"]))
             env.objective.score(mask)
             progress(env.reward_evaluations, budget)
         idle = idle + 1 if env.reward_evaluations == before else 0

@@ -7,11 +7,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from torch import nn
 from torch_geometric.data import Data
 
 from baselines_rnp.unlearn import unlearn
+from envs.actions import ActionSet
 from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig
 from onp.data import DefenceData
@@ -31,24 +33,26 @@ def find_clues(model: nn.Module, data: DefenceData, config: EnvConfig, seed: int
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):
-    """Prune a network that may carry a backdoor, one unit (or unit group) a step.
+    """Prune a network that may carry a backdoor: a unit a step, or the best units of a layer at once.
 
     The environment is built from a network and clean labelled images alone; it has no place for a trigger.
 
     ## Action space
-    `Discrete(N + 1)`: action i < N prunes unit i of the index (with `prune_groups` every unit tied to it as well);
-    action N stops. An invalid action (a unit that is pruned already) is a no-op with reward 0 that costs a step and
-    is counted in `info["invalid_actions"]`; it never raises.
+    `Discrete(N + B + 1)`, see `envs.actions.ActionSet`: action i < N prunes unit i of the index; each of the B bulk
+    actions prunes the units of one layer that are estimated best (`env.unwrapped.actions.bulks` has layers and
+    counts); the last action stops. With `prune_groups` every unit tied to a pruned one goes with it. An invalid action
+    (a unit that is pruned already, a bulk of more units than the layer still has) is a no-op with reward 0 that costs
+    a step and is counted in `info["invalid_actions"]`; it never raises.
 
     ## Observation space
     `Dict`, only what changes; what does not change (node features, edges) is `env.unwrapped.graph`, a PyG `Data`.
 
-    | key           | space              | meaning                                                               |
-    |---------------|--------------------|-----------------------------------------------------------------------|
-    | `kept`        | `MultiBinary(N)`   | 1 where a unit is kept                                                |
-    | `action_mask` | `MultiBinary(N+1)` | 1 where an action is valid; stopping always is                        |
-    | `effects`     | `Box(N)`           | first-order change of the potential if the unit were pruned next     |
-    | `progress`    | `Box(2)`           | fraction of the steps that is left; potential gained since the start  |
+    | key           | space                | meaning                                                             |
+    |---------------|----------------------|---------------------------------------------------------------------|
+    | `kept`        | `MultiBinary(N)`     | 1 where a unit is kept                                              |
+    | `action_mask` | `MultiBinary(N+B+1)` | 1 where an action is valid; stopping always is                      |
+    | `effects`     | `Box(N + B)`         | first-order change of the potential if the action were taken next   |
+    | `progress`    | `Box(2)`             | fraction of the steps that is left; potential gained since the start |
 
     ## Reward
     The change of the potential, a weighted sum of the terms in `envs.rewards` (weights: `EnvConfig.reward`), so that
@@ -62,7 +66,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     the steps left, so the limit is part of the task and `truncated` is always False.
 
     ## Info
-    `terms` (unweighted value of every reward term), `potential`, `units_pruned` (units, not groups),
+    `terms` (unweighted value of every reward term), `potential`, `units_pruned` (units, not actions),
     `invalid_actions` (this episode), `reward_evaluations` (distinct masks scored since construction, sensitivity
     passes included), `keep_mask` (the `KeepMask`).
 
@@ -91,28 +95,26 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.objective = Objective(model, clues, self.index, data, self.config.reward, self.config.effect_images, cache)
         self.effects = {
             **self.objective.effects(self.objective.all_kept),
-            "clean_loss": self.objective.engines["pruned"].effects(self.objective.all_kept, data.cross_entropy),
+            "clean_loss": self.objective.engines["pruned"].effects(self.objective.all_kept, data.cross_entropy).sum(0),
         }
         self.objective.evaluations += 1  # that was a sensitivity pass too
         self.graph: Data = build_graph(self.index, model, data.inputs, clues.unlearned, self.effects)
-        units = len(self.index)
+        self.actions = ActionSet(self.index, self.config.bulk_fractions, self.config.prune_groups)
+        self.graph.bulk_layer = torch.tensor([bulk.layer for bulk in self.actions.bulks], dtype=torch.long)
+        self.graph.bulk_count = torch.tensor([float(bulk.count) for bulk in self.actions.bulks])
+        units, choices = len(self.index), len(self.actions)
         self.observation_space: spaces.Space[Observation] = spaces.Dict(  # type: ignore[assignment]
             {
                 "kept": spaces.MultiBinary(units),
-                "action_mask": spaces.MultiBinary(units + 1),
-                "effects": spaces.Box(-LIMIT, LIMIT, (units,), np.float32),
+                "action_mask": spaces.MultiBinary(choices),
+                "effects": spaces.Box(-LIMIT, LIMIT, (choices - 1,), np.float32),
                 "progress": spaces.Box(-LIMIT, LIMIT, (2,), np.float32),
             }
         )
-        self.action_space = spaces.Discrete(units + 1)
+        self.action_space = spaces.Discrete(choices)
         self.mask = self.objective.all_kept
         self.initial_score = self.score = self.objective.score(self.mask)
         self.steps = self.invalid_actions = 0
-
-    @property
-    def stop_action(self) -> int:
-        """The action that ends the episode."""
-        return len(self.index)
 
     @property
     def reward_evaluations(self) -> int:
@@ -142,27 +144,27 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         action = int(action)
         before = self.score.potential
         self.steps += 1
-        stopped = action == self.stop_action
-        if not stopped and self.mask.keep[action]:
-            self.mask = self.prune(self.mask, action)
+        stopped = action == self.actions.stop
+        if not stopped and bool(self.actions.valid(self.mask)[action]):
+            self.mask = self.after(self.mask, action)
             self.score = self.objective.score(self.mask)
         elif not stopped:
             self.invalid_actions += 1
         terminated = stopped or self.steps >= self.config.max_steps
         return self._observation(), self.score.potential - before, terminated, False, self._info()
 
-    def prune(self, mask: KeepMask, unit: int) -> KeepMask:
-        """`mask` without `unit`, or without its whole group."""
-        return mask.without(self.index.group_of(unit) if self.config.prune_groups else [unit])
+    def after(self, mask: KeepMask, action: int) -> KeepMask:
+        """`mask` without the units that a valid `action` prunes."""
+        return mask.without(self.actions.units(action, mask, self.objective.effects(mask)["score"]))
 
     def _observation(self) -> Observation:
-        kept = self.mask.keep.numpy().astype(np.int8)
         left = 1 - self.steps / self.config.max_steps
         gained = self.score.potential - self.initial_score.potential
+        effects = self.actions.totals(self.mask, self.objective.effects(self.mask)["score"])
         return {
-            "kept": kept,
-            "action_mask": np.append(kept, np.int8(1)),
-            "effects": self.objective.effects(self.mask)["score"].clamp(-LIMIT, LIMIT).numpy(),
+            "kept": self.mask.keep.numpy().astype(np.int8),
+            "action_mask": self.actions.valid(self.mask).numpy().astype(np.int8),
+            "effects": effects.clamp(-LIMIT, LIMIT).numpy(),
             "progress": np.array([left, np.clip(gained, -LIMIT, LIMIT)], dtype=np.float32),
         }
 

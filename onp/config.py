@@ -28,15 +28,21 @@ class UnlearnConfig:
     """stop when the running accuracy is not above this fraction"""
     stop_on: Literal["epoch", "batch"] = "epoch"
     """what the running accuracy is taken over"""
+    min_steps: int = 0
+    """where the stop comes in fewer steps, all is done again at a third of the learning rate"""
 
 
 @dataclass(frozen=True)
 class TriggerRecoveryConfig:
     """Neural-Cleanse-style recovery of the trigger from clean images."""
 
-    steps: int = 250
-    """Adam steps, all classes side by side"""
-    learning_rate: float = 0.1
+    steps: int = 100
+    """Adam steps for all classes side by side, and again for the finalists"""
+    finalists: int = 3
+    """classes with the smallest masks that are optimised for longer"""
+    variants: int = 3
+    """triggers of the suspect class at the most, on pixels that differ"""
+    learning_rate: float = 0.4
     """step size of Adam, on the logits of mask and pattern"""
     batch_size: int = 16
     """images per class and step"""
@@ -70,15 +76,17 @@ class EnvConfig:
             raise ConfigError(f"cache_gib {self.cache_gib}: expected 0 or more")
 
     max_steps: int = 16
-    """steps an episode lasts at the most; also the most units that one episode can prune, if it prunes single units"""
+    """steps an episode lasts at the most"""
+    bulk_fractions: tuple[float, ...] = (1 / 64, 1 / 16)
+    """parts of a layer that one action can prune at once, where they make two units or more"""
     prune_groups: bool = False
     """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
-    effect_images: int = 100
+    effect_images: int = 50
     """images that the first-order effects in the observation are estimated on; they only have to rank units"""
     cache_gib: float = 4.0
     """activations kept between masks, GiB at the most"""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=()))
+    unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=(), min_steps=30))
     """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
     recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
     """how the trigger behind the reward is recovered from clean images"""
@@ -91,7 +99,7 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.restart_fraction <= 1:
             raise ConfigError(f"restart_fraction {self.restart_fraction}: expected a fraction from 0 to 1")
-        for name in ("elites", "n_envs"):
+        for name in ("elites", "n_envs", "patience"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
 
@@ -123,5 +131,7 @@ class AgentConfig:
     """fraction of the training episodes that begin at a random point of one of the best ones so far"""
     elites: int = 4
     """best episodes to begin from"""
+    patience: int = 3
+    """steps without a new best return that end a training episode"""
     steps_per_evaluation: int = 6
     """environment steps at the most per reward evaluation of the budget (masks seen before cost no evaluation)"""

@@ -162,19 +162,21 @@ class Engine:
         self.cache.touch(self._key(self._wanted(node, mask.pruned, mask.rule)) for node in self.network.nodes)
 
     def effects(self, mask: KeepMask, function: Callable[[Tensor], Tensor], images: int | None = None) -> Tensor:
-        """First-order change of `function(logits)` when each unit is pruned besides `mask`, shape (N,), on the CPU.
+        """First-order change of `function(logits)` when each unit is pruned besides `mask`, by image: (n, N), on the CPU.
 
-        The function sees the logits of the first `images` images (all by default). Pruning multiplies a unit's output
-        by 0, so the change is minus the sum of output times gradient (Molchanov et al. 2017).
+        The function sees the logits of the first n = `images` images (all by default); its change is the sum over
+        them. Pruning multiplies a unit's output by 0, so the change is minus output times gradient (Molchanov et al.
+        2017).
         """
         logits = self.logits(mask)[:images].requires_grad_()
         with torch.enable_grad():
             (slopes,) = torch.autograd.grad(function(logits), logits)
         recalled = list(self.network.parts)
-        effects = slopes.new_zeros(len(mask.index))
-        for i, slope in enumerate(slopes.split(len(self._chunks[0]))):
+        effects = slopes.new_zeros(len(slopes), len(mask.index))
+        chunk = len(self._chunks[0])
+        for i, (slope, part) in enumerate(zip(slopes.split(chunk), effects.split(chunk), strict=True)):
             known = self._values(recalled, mask, range(i, i + 1))
-            self._add_effects(effects, {node: known[node][-1][: len(slope)] for node in recalled}, i, slope, mask)
+            self._add_effects(part, {node: known[node][-1][: len(slope)] for node in recalled}, i, slope, mask)
         return effects.cpu()
 
     def _add_effects(
@@ -202,8 +204,8 @@ class Engine:
         for (node, value), gradient in zip(gated, gradients, strict=True):
             if gradient is not None:
                 layer, axis = network.layer_of[node], network.axis(node)
-                others = [dim for dim in range(value.ndim) if dim != axis]
-                effects[layer.offset : layer.offset + layer.size] -= (value.detach() * gradient).sum(others)
+                change = (value.detach() * gradient).movedim(axis, 1).reshape(len(slope), layer.size, -1).sum(2)
+                effects[:, layer.offset : layer.offset + layer.size] -= change
 
     # --- values -------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def draw(config: GraphCommandConfig) -> None:
     pruned = _pruned(config.mask, index)
     unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model
     engine = Engine(inputs.model, index, data.inputs)
-    effects = {"clean_loss": engine.effects(KeepMask.all_kept(index), data.cross_entropy)}
+    effects = {"clean_loss": engine.effects(KeepMask.all_kept(index), data.cross_entropy).sum(0)}
     graph = to_networkx(build_graph(index, inputs.model, data.inputs, unlearned, effects, config.graph), index)
     write_atomically(config.out / "graph.graphml", lambda temporary: nx.write_graphml(graph, temporary))
     write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))

@@ -20,20 +20,21 @@ from onp.data import DefenceData
 
 @dataclass(frozen=True, eq=False)
 class RecoveredTrigger:
-    """The recovered trigger of the suspect class, and the evidence against every class."""
+    """The recovered trigger of the suspect class in one or more variants, and the evidence against every class."""
 
     target: int
     """class with the smallest mask"""
-    mask: Tensor
-    """(1, height, width) in [0, 1]"""
-    pattern: Tensor
-    """(channels, height, width) in [0, 1]"""
+    masks: Tensor
+    """(variants, 1, height, width) in [0, 1], the smallest first; no two variants use the same pixels"""
+    patterns: Tensor
+    """(variants, channels, height, width) in [0, 1]"""
     sizes: tuple[float, ...]
-    """per class, the sum of its mask, in pixels; infinite where no mask worked"""
+    """per class, the sum of its smallest mask, in pixels; infinite where no mask worked"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Apply to images of shape (n, channels, height, width) in [0, 1]."""
-        return (1 - self.mask) * images + self.mask * self.pattern
+        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1]."""
+        turn = torch.arange(len(images), device=images.device) % len(self.masks)
+        return (1 - self.masks[turn]) * images + self.masks[turn] * self.patterns[turn]
 
     @property
     def trust(self) -> float:
@@ -47,56 +48,97 @@ def recover_trigger(
     data: DefenceData,
     config: TriggerRecoveryConfig,
     seed: int,
-    progress: Callable[[int, int], None] = lambda step, steps: None,
+    progress: Callable[[int], None] = lambda step: None,
 ) -> RecoveredTrigger:
-    """Optimise mask and pattern of all classes side by side; the weight of a mask's size adapts to its success."""
+    """Optimise mask and pattern of all classes side by side, and those of the smallest masks for as long again.
+
+    A backdoor may answer to several parts of its trigger, and the smallest mask holds only one. So the suspect class is
+    optimised again on pixels not used yet, as long as its mask stays below the runner-up's.
+    """
     model.eval()
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        return _optimise(model, data, config, seed, progress)
+        search = _Search(model, data, config, seed)
+        search.optimise(torch.arange(data.num_classes), progress)
+        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
+        sizes = tuple(search.sizes.tolist())
+        target, limit = int(search.sizes.argmin()), sorted(sizes)[1]
+        masks, patterns = [search.masks[target].clone()], [search.patterns[target].clone()]
+        while len(masks) < config.variants:
+            search.restart(target, taken=torch.stack(masks).amax(0) > 0.1)
+            search.optimise(torch.tensor([target]), progress)
+            if not search.sizes[target] < limit:
+                break
+            masks.append(search.masks[target].clone())
+            patterns.append(search.patterns[target].clone())
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+    return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes)
 
 
-def _optimise(
-    model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int, progress: Callable[[int, int], None]
-) -> RecoveredTrigger:
-    classes, (channels, height, width) = data.num_classes, data.input_shape
-    device = data.images.device
-    generator = torch.Generator().manual_seed(seed)
-    # Adam moves a logit by about its step size, so masks start nearly empty and grow where they help.
-    mask_logits = 0.1 * torch.randn((classes, 1, height, width), generator=generator) - 3
-    pattern_logits = 0.1 * torch.randn((classes, channels, height, width), generator=generator)
-    mask_logits, pattern_logits = (tensor.to(device).requires_grad_() for tensor in (mask_logits, pattern_logits))
-    optimizer = torch.optim.Adam([mask_logits, pattern_logits], config.learning_rate, betas=(0.5, 0.9))
-    weight = torch.full((classes,), config.size_weight, device=device)
-    success = torch.zeros(classes, device=device)
-    best_size = torch.full((classes,), float("inf"), device=device)
-    best_mask, best_pattern = mask_logits.detach().sigmoid(), pattern_logits.detach().sigmoid()
-    targets = torch.arange(classes, device=device).repeat_interleave(min(config.batch_size, len(data)))
-    for step in range(config.steps):
-        progress(step, config.steps)
-        chosen = torch.randint(len(data), (len(targets) // classes,), generator=generator).to(device)
-        masks, patterns = mask_logits.sigmoid(), pattern_logits.sigmoid()
-        triggered = (1 - masks)[:, None] * data.images[chosen] + (masks * patterns)[:, None]
-        logits = model(data.normalise(triggered.flatten(0, 1)))
-        losses = F.cross_entropy(logits, targets, reduction="none").view(classes, -1).mean(1)
-        sizes = masks.sum((1, 2, 3))
-        optimizer.zero_grad()
-        (losses + weight * sizes).sum().backward()
-        optimizer.step()
-        hits = (logits.argmax(1) == targets).float().view(classes, -1).mean(1)
-        success = hits if step == 0 else 0.8 * success + 0.2 * hits
-        with torch.no_grad():
-            better = (torch.minimum(success, hits) >= 0.95) & (sizes < best_size)
-            best_size = torch.where(better, sizes, best_size)
-            best_mask[better], best_pattern[better] = masks[better], patterns[better]
-            if step % 5 == 4:
-                weight = torch.where(success > 0.98, weight * 1.5, torch.where(success < 0.95, weight / 1.5, weight))
-    target = int(best_size.argmin())
-    return RecoveredTrigger(
-        target, best_mask[target].detach(), best_pattern[target].detach(), tuple(best_size.tolist())
-    )
+class _Search:
+    """Smallest working masks so far, and where their optimisation stands, class by class."""
+
+    def __init__(self, model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int) -> None:
+        self.model, self.data, self.config = model, data, config
+        self.generator = torch.Generator().manual_seed(seed)
+        classes, (channels, height, width), device = data.num_classes, data.input_shape, data.images.device
+        self.mask_logits = torch.zeros(classes, 1, height, width, device=device)
+        self.pattern_logits = torch.zeros(classes, channels, height, width, device=device)
+        self.masks, self.patterns = self.mask_logits.sigmoid(), self.pattern_logits.sigmoid()
+        self.weights, self.success, self.sizes = torch.zeros(3, classes, device=device)
+        for number in range(classes):
+            self.restart(number)
+
+    def restart(self, number: int, taken: Tensor | None = None) -> None:
+        """Forget what is known of class `number`; from now on it keeps off the pixels `taken`, (1, height, width)."""
+        # Half of every pixel is covered at first: shrinking keeps scattered pixels that growing would not find.
+        for logits in (self.mask_logits, self.pattern_logits):
+            logits[number] = 0.1 * torch.randn(logits[number].shape, generator=self.generator).to(logits.device)
+        if taken is not None:
+            self.mask_logits[number].masked_fill_(taken, -100.0)
+        self.weights[number], self.success[number], self.sizes[number] = self.config.size_weight, 0.0, float("inf")
+        self.masks[number], self.patterns[number] = 0.0, 0.0
+
+    def optimise(self, classes: Tensor, progress: Callable[[int], None]) -> None:
+        """Shrink the masks of `classes`; the weight of a mask's size adapts to its success."""
+        config, data = self.config, self.data
+        classes = classes.to(data.images.device)
+        batch = min(config.batch_size, len(data))
+        targets = classes.repeat_interleave(batch)
+        mask_logits, pattern_logits = (
+            logits[classes].clone().requires_grad_() for logits in (self.mask_logits, self.pattern_logits)
+        )
+        optimizer = torch.optim.Adam([mask_logits, pattern_logits], config.learning_rate, betas=(0.5, 0.9))
+        for step in range(config.steps):
+            progress(step)
+            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
+            masks, patterns = mask_logits.sigmoid(), pattern_logits.sigmoid()
+            triggered = (1 - masks)[:, None] * data.images[chosen] + (masks * patterns)[:, None]
+            inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+            logits = self.model(inputs)
+            losses = F.cross_entropy(logits, targets, reduction="none").view(len(classes), batch).mean(1)
+            sizes = masks.sum((1, 2, 3))
+            optimizer.zero_grad()
+            (losses + self.weights[classes] * sizes).sum().backward()
+            optimizer.step()
+            hits = (logits.argmax(1) == targets).float().view(len(classes), batch).mean(1)
+            self._record(classes, masks.detach(), patterns.detach(), sizes.detach(), hits, step)
+        self.mask_logits[classes], self.pattern_logits[classes] = mask_logits.detach(), pattern_logits.detach()
+
+    def _record(
+        self, classes: Tensor, masks: Tensor, patterns: Tensor, sizes: Tensor, hits: Tensor, step: int
+    ) -> None:
+        success = self.success[classes] = 0.8 * self.success[classes] + 0.2 * hits
+        better = (torch.minimum(success, hits) >= 0.95) & (sizes < self.sizes[classes])
+        self.sizes[classes[better]] = sizes[better]
+        self.masks[classes[better]], self.patterns[classes[better]] = masks[better], patterns[better]
+        if step % 5 == 4:
+            weights = self.weights[classes]
+            raised, lowered = weights * 1.5, weights / 1.5
+            self.weights[classes] = torch.where(
+                success > 0.98, raised, torch.where(success < 0.95, lowered, weights)
+            )
