@@ -42,17 +42,17 @@ class PurifyConfig:
     """Settings of the job; the same for every network."""
 
     def __post_init__(self) -> None:
-        least = 4 * (self.env.max_steps + 1)
+        least = 3 * (self.env.max_steps + 1) - 1
         if self.budget < least:
             raise ConfigError(
-                f"--budget {self.budget}: expected at least {least}, two episodes of {self.env.max_steps} steps"
+                f"--budget {self.budget}: expected at least {least} for episodes of {self.env.max_steps} steps"
             )
         if self.finalists < 1:
             raise ConfigError(f"--finalists {self.finalists}: expected at least 1")
 
     seed: int = 0
     """seed of everything random"""
-    budget: int = 600
+    budget: int = 300
     """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, and sensitivity passes"""
     finalists: int = 16
     """best masks on the search half of the defence data that compete on the held-out half for being the final one"""
