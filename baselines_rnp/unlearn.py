@@ -34,11 +34,13 @@ def unlearn(model: nn.Module, data: DefenceData, config: UnlearnConfig, seed: in
 
     SGD over all parameters in train mode, on batches with random crop and flip. The stop looks at the running
     accuracy of the epoch (RNP's way) or of each batch (`config.stop_on`). Where it comes in fewer than
-    `config.min_steps` steps, all is done again at a third of the learning rate (ours: a network that falls at once loses
-    its backdoor too). Raises `ModelError` where it diverges.
+    `config.min_steps` steps, all is done again at a third of the learning rate, five times at the most (ours: a
+    network that falls at once loses its backdoor too). Raises `ModelError` where it diverges.
     """
     result = _ascend(model, data, config, seed)
-    while result.reached and result.steps < config.min_steps:
+    for _ in range(5):
+        if not result.reached or result.steps >= config.min_steps:
+            break
         config = replace(config, learning_rate=config.learning_rate / 3)
         result = _ascend(model, data, config, seed)
     return result

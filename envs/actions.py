@@ -67,7 +67,9 @@ class ActionSet:
             units = self._layer(bulk)
             ranks = effects[units].masked_fill(~mask.keep[units], -torch.inf)
             chosen = (ranks.argsort(descending=True, stable=True)[: bulk.count] + units.start).tolist()
-        return [unit for one in chosen for unit in self.index.group_of(one).tolist()] if self.groups else chosen
+        if not self.groups:
+            return chosen
+        return list(dict.fromkeys(unit for one in chosen for unit in self.index.group_of(one).tolist()))
 
     def _layer(self, bulk: Bulk) -> slice:
         layer = self.index.layers[bulk.layer]

@@ -51,7 +51,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     |---------------|----------------------|---------------------------------------------------------------------|
     | `kept`        | `MultiBinary(N)`     | 1 where a unit is kept                                              |
     | `action_mask` | `MultiBinary(N+B+1)` | 1 where an action is valid; stopping always is                      |
-    | `effects`     | `Box(N + B)`         | first-order change of the potential if the action were taken next   |
+    | `effects`     | `Box(N + B)`         | estimated change of the potential if the action were taken next     |
     | `progress`    | `Box(2)`             | fraction of the steps that is left; potential gained since the start |
 
     ## Reward

@@ -60,14 +60,16 @@ def clean_fidelity(outputs: Outputs) -> Tensor:
 
 
 def unlearning(outputs: Outputs) -> Tensor:
-    """Minus the log of the unlearned copy's cross-entropy, floored at half of a uniform guess's.
+    """Minus the log of the unlearned copy's cross-entropy, floored at half of a uniform guess's, times a confidence.
 
     Unlearning (arXiv 2305.14876, section 3.2) leaves the backdoor as the only thing the copy knows: it sends clean
     images to the target class. Units whose loss lowers its cross-entropy are backdoor units. Below the floor the copy
-    has collapsed no longer, and a further fall means nothing.
+    has collapsed no longer, and a further fall means nothing. A recovered trigger that can be trusted tells more
+    exactly: then this term counts for a tenth.
     """
     floor = 0.5 * math.log(outputs.unlearned.shape[1])
-    return -F.cross_entropy(outputs.unlearned, outputs.labels).clamp(min=floor).log()
+    confidence = 1 - 0.9 * outputs.trust
+    return -confidence * F.cross_entropy(outputs.unlearned, outputs.labels).clamp(min=floor).log()
 
 
 def trigger_resistance(outputs: Outputs) -> Tensor:

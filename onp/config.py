@@ -29,7 +29,7 @@ class UnlearnConfig:
     stop_on: Literal["epoch", "batch"] = "epoch"
     """what the running accuracy is taken over"""
     min_steps: int = 0
-    """where the stop comes in fewer steps, all is done again at a third of the learning rate"""
+    """where the stop comes in fewer steps, all is done again at a third of the learning rate, five times at the most"""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class RewardConfig:
     """weight of clean accuracy, per accuracy fraction"""
     clean_fidelity: float = 16.0
     """weight of minus the KL divergence of clean outputs from the original's, per nat"""
-    unlearning: float = 0.1
-    """weight of minus the log cross-entropy of the unlearned copy under the same mask"""
+    unlearning: float = 1.0
+    """weight of minus the log cross-entropy of the unlearned copy under the same mask; a tenth counts where the
+    recovered trigger can be trusted"""
     trigger_resistance: float = 0.3
     """weight of minus the log success of the recovered trigger, times the trust in it"""
 
@@ -86,7 +87,9 @@ class EnvConfig:
     cache_gib: float = 4.0
     """activations kept between masks, GiB at the most"""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    unlearn: UnlearnConfig = field(default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=(), min_steps=30))
+    unlearn: UnlearnConfig = field(
+        default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=(), min_steps=30)
+    )
     """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
     recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
     """how the trigger behind the reward is recovered from clean images"""

@@ -162,7 +162,7 @@ class Engine:
         self.cache.touch(self._key(self._wanted(node, mask.pruned, mask.rule)) for node in self.network.nodes)
 
     def effects(self, mask: KeepMask, function: Callable[[Tensor], Tensor], images: int | None = None) -> Tensor:
-        """First-order change of `function(logits)` when each unit is pruned besides `mask`, by image: (n, N), on the CPU.
+        """First-order change of `function(logits)` when a unit is pruned besides `mask`, by image: (n, N), on the CPU.
 
         The function sees the logits of the first n = `images` images (all by default); its change is the sum over
         them. Pruning multiplies a unit's output by 0, so the change is minus output times gradient (Molchanov et al.
@@ -204,8 +204,8 @@ class Engine:
         for (node, value), gradient in zip(gated, gradients, strict=True):
             if gradient is not None:
                 layer, axis = network.layer_of[node], network.axis(node)
-                change = (value.detach() * gradient).movedim(axis, 1).reshape(len(slope), layer.size, -1).sum(2)
-                effects[:, layer.offset : layer.offset + layer.size] -= change
+                change = (value.detach() * gradient).movedim(axis, -1).reshape(len(slope), -1, layer.size)
+                effects[:, layer.offset : layer.offset + layer.size] -= change.sum(1)
 
     # --- values -------------------------------------------------------------------------------------------
 

@@ -129,9 +129,7 @@ class _Search:
             self._record(classes, masks.detach(), patterns.detach(), sizes.detach(), hits, step)
         self.mask_logits[classes], self.pattern_logits[classes] = mask_logits.detach(), pattern_logits.detach()
 
-    def _record(
-        self, classes: Tensor, masks: Tensor, patterns: Tensor, sizes: Tensor, hits: Tensor, step: int
-    ) -> None:
+    def _record(self, classes: Tensor, masks: Tensor, patterns: Tensor, sizes: Tensor, hits: Tensor, step: int) -> None:
         success = self.success[classes] = 0.8 * self.success[classes] + 0.2 * hits
         better = (torch.minimum(success, hits) >= 0.95) & (sizes < self.sizes[classes])
         self.sizes[classes[better]] = sizes[better]
@@ -139,6 +137,4 @@ class _Search:
         if step % 5 == 4:
             weights = self.weights[classes]
             raised, lowered = weights * 1.5, weights / 1.5
-            self.weights[classes] = torch.where(
-                success > 0.98, raised, torch.where(success < 0.95, lowered, weights)
-            )
+            self.weights[classes] = torch.where(success > 0.98, raised, torch.where(success < 0.95, lowered, weights))
