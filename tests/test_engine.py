@@ -293,6 +293,11 @@ def pool_over_channels(net: Any, x: Tensor) -> Tensor:
     return net.out(net.h(torch.cat([net.row(y).mean(2)] * 8, 1)))
 
 
+def positions_among_the_images(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x).permute(0, 2, 3, 1).reshape(-1, 64)
+    return net.out(net.h(y).relu().view(-1, 64, 6).mean(1))
+
+
 def subtracts_from_its_input(net: Any, x: Tensor) -> Tensor:
     x -= 0.5
     return net.out(net.h(net.b(net.a(x)).mean((2, 3))))
@@ -314,7 +319,7 @@ def two_outputs(net: Any, x: Tensor) -> Any:
     "forward",
     [
         *(leaky_in_place, two_readers_of_a_flatten, norm_behind_a_convolution_read_twice),
-        *(pool_over_channels, subtracts_from_its_input),
+        *(pool_over_channels, positions_among_the_images, subtracts_from_its_input),
     ],
 )
 def test_odd_networks(forward: Any, inputs: Tensor, randomised: Randomise) -> None:
@@ -328,22 +333,39 @@ def test_odd_networks(forward: Any, inputs: Tensor, randomised: Randomise) -> No
         assert (engine.logits(mask) - expected).abs().max() <= 1e-5 * expected.abs().max()
         if mask.rule == "zero":
             got = engine.effects(mask, lambda logits: logits.square().mean())
-            torch.testing.assert_close(got.double(), effects_by_weights(network, mask, inputs), rtol=1e-3, atol=1e-5)
+            assert got.dtype == torch.float32 and not got.requires_grad
+            torch.testing.assert_close(got.double(), effects_by_weights(network, mask, inputs), rtol=1e-3, atol=1e-6)
 
 
 def effects_by_weights(model: nn.Module, mask: KeepMask, inputs: Tensor) -> Tensor:
-    """Minus parameter times gradient over the gates of a permanently pruned copy, in double precision."""
+    """Minus parameter times gradient over the gates of a permanently pruned copy, image by image: (n, N), in double."""
     pruned = copy.deepcopy(model).eval()
     apply_mask(pruned, mask)
-    pruned.double()(inputs.double()).square().mean().backward()
-    effects = torch.zeros(len(mask.index), dtype=torch.float64)
-    for layer in mask.index:
-        for name, axis in layer.gates:
-            parameter = pruned.get_parameter(name)
-            if parameter.grad is not None:
-                change = (parameter.detach() * parameter.grad).movedim(axis, 0).reshape(layer.size, -1)
-                effects[layer.offset : layer.offset + layer.size] -= change.sum(1)
+    squares = pruned.double()(inputs.double()).square()
+    effects = torch.zeros(len(inputs), len(mask.index), dtype=torch.float64)
+    for image in range(len(inputs)):
+        pruned.zero_grad()
+        (squares[image].sum() / squares.numel()).backward(retain_graph=True)
+        for layer in mask.index:
+            for name, axis in layer.gates:
+                parameter = pruned.get_parameter(name)
+                if parameter.grad is not None:
+                    change = (parameter.detach() * parameter.grad).movedim(axis, 0).reshape(layer.size, -1)
+                    effects[image, layer.offset : layer.offset + layer.size] -= change.sum(1)
     return effects
+
+
+def test_effects_are_by_image_whatever_the_chunks(network: nn.Module, index: UnitIndex, inputs: Tensor) -> None:
+    mask = random_masks(index)[8]
+    expected = effects_by_weights(network, mask, inputs)
+    assert mask.units_pruned > 1 and float(expected.std(0).max()) > 1e-4  # images differ
+    for chunk, images in ((10, None), (4, None), (3, 7), (1, 2), (4, 4), (100, 10)):
+        got = Engine(network, index, inputs, chunk=chunk).effects(
+            mask, lambda logits: logits.square().sum() / 50, images
+        )  # the mean of the squares of ten images, five classes each
+        assert got.shape == (images or 10, len(index))
+        torch.testing.assert_close(got.double(), expected[:images], rtol=1e-3, atol=1e-6)
+        assert bool((got[:, ~mask.keep] == 0).all())
 
 
 @pytest.mark.parametrize(

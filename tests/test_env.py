@@ -24,12 +24,15 @@ import envs  # noqa: F401 (registers the environment)
 from envs.pruning import LIMIT, PruningEnv, find_clues
 from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
-from onp.data import DefenceData, Normalisation
+from onp.data import DefenceData, Normalisation, random_crop_and_flip
 from onp.graph import EFFECTS
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger
 
 REWARD = RewardConfig(clean_accuracy=0.7, clean_fidelity=2.0, unlearning=0.5, trigger_resistance=0.4)
+HALVES = (1 / 3, 1 / 2)
+"""of a `TinyNet`: 2 units of layers 0 and 1 (actions 23 and 24), 4 and 6 of layer 2 (25, 26), 2 of layer 3 (27)"""
+STOP = 28
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,10 @@ class TinyNet(nn.Module):
         return self.out(self.hidden(x.flatten(1)).relu())
 
 
+class Unlearned(TinyNet):
+    """Stands for the unlearned copy."""
+
+
 @pytest.fixture
 def data() -> DefenceData:
     images = torch.rand((18, 1, 8, 8), generator=torch.Generator().manual_seed(1))
@@ -70,9 +77,9 @@ def data() -> DefenceData:
 @pytest.fixture
 def clues() -> Clues:
     """Another network as unlearned copy, and a corner patch for class 1 that is half trusted."""
-    mask = torch.zeros(1, 8, 8)
-    mask[0, :3, :3] = 0.9
-    return Clues(TinyNet(seed=5), RecoveredTrigger(1, mask, torch.ones(1, 8, 8), (6.0, 4.0, 9.0)))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[0, 0, :3, :3] = 0.9
+    return Clues(Unlearned(seed=5), RecoveredTrigger(1, mask, torch.ones(1, 1, 8, 8), (6.0, 4.0, 9.0)))
 
 
 def make_env(data: DefenceData, clues: Clues, **settings: Any) -> PruningEnv:
@@ -88,7 +95,7 @@ def made(data: DefenceData) -> gym.Env[Any, Any]:
 
 
 def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, float]:
-    """The reward terms from logits of permanently pruned copies, in NumPy."""
+    """The reward terms from logits of permanently pruned copies, in NumPy; clean ones on cropped and flipped images."""
 
     def logits(model: nn.Module, images: Tensor, prune: bool = True) -> np.ndarray:
         model = copy.deepcopy(model)
@@ -101,7 +108,8 @@ def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, 
         return np.exp(values) / np.exp(values).sum(1, keepdims=True)
 
     labels, rows = data.labels.numpy(), np.arange(len(data))
-    before, after = softmax(logits(TinyNet(), data.images, prune=False)), softmax(logits(TinyNet(), data.images))
+    views = random_crop_and_flip(data.images, seed=0)
+    before, after = softmax(logits(TinyNet(), views, prune=False)), softmax(logits(TinyNet(), views))
     cross_entropy = -np.log(softmax(logits(clues.unlearned, data.images))[rows, labels]).mean()
     others = data.images[data.labels != 1].clone()
     others[:, :, :3, :3] = 0.1 * others[:, :, :3, :3] + 0.9
@@ -109,8 +117,8 @@ def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, 
     return {
         "clean_accuracy": float((after.argmax(1) == labels).mean()),
         "clean_fidelity": -float((before * np.log(before / after)).sum(1).mean()),
-        "unlearning": -math.log(max(cross_entropy, 0.5 * math.log(3))),
-        "trigger_resistance": -0.5 * math.log(max(success, 1e-4)),
+        "unlearning": -0.55 * math.log(max(cross_entropy, 0.5 * math.log(3))),  # half trusted: 1 - 0.9 / 2
+        "trigger_resistance": -0.5 * math.log(max(success, 5e-4) / (1 - max(success, 5e-4))),
     }
 
 
@@ -141,7 +149,7 @@ def test_gymnasium_makes_the_environment(data: DefenceData, name: str) -> None:
     assert env.action_space == gym.spaces.Discrete(24)
     observation, info = env.reset(seed=3)
     assert env.observation_space.contains(observation)
-    assert env.unwrapped.stop_action == 23
+    assert env.unwrapped.actions.stop == 23  # no layer is large enough for bulk actions
     assert info["units_pruned"] == 0
     assert env.unwrapped.graph.x.shape[0] == 23
 
@@ -150,21 +158,25 @@ def test_gymnasiums_checker_accepts_it(data: DefenceData) -> None:
     env_checker.check_env(made(data).unwrapped)
 
 
-def test_steps_are_deterministic_for_gymnasiums_checker(data: DefenceData, clues: Clues) -> None:
+@pytest.mark.parametrize("fractions", [(), HALVES])
+def test_steps_are_deterministic_for_gymnasiums_checker(
+    data: DefenceData, clues: Clues, fractions: tuple[float, ...]
+) -> None:
     """As `check_env` tests it (infos included), without a registered environment."""
-    env = make_env(data, clues)
+    env = make_env(data, clues, bulk_fractions=fractions)
     env_checker.check_reset_return_type(env)
     env_checker.check_reset_seed_determinism(env)
     env_checker.check_step_determinism(env)
 
 
-def test_stable_baselines_checker_accepts_it(data: DefenceData, clues: Clues) -> None:
-    sb3_check(make_env(data, clues))
+@pytest.mark.parametrize("fractions", [(), HALVES])
+def test_stable_baselines_checker_accepts_it(data: DefenceData, clues: Clues, fractions: tuple[float, ...]) -> None:
+    sb3_check(make_env(data, clues, bulk_fractions=fractions))
 
 
 @pytest.mark.parametrize("algorithm", [A2C, DQN])
 def test_stock_agents_run_on_it(data: DefenceData, clues: Clues, algorithm: type[A2C] | type[DQN]) -> None:
-    env = make_env(data, clues)
+    env = make_env(data, clues, bulk_fractions=HALVES)
     settings: dict[str, Any] = {"n_steps": 4} if algorithm is A2C else {"learning_starts": 4, "buffer_size": 40}
     agent = algorithm("MultiInputPolicy", env, seed=0, device="cpu", **settings).learn(16)
     assert agent.num_timesteps == 16
@@ -231,7 +243,7 @@ def test_stop_ends_the_episode_without_reward(data: DefenceData, clues: Clues) -
     env = make_env(data, clues)
     env.reset()
     env.step(0)
-    observation, reward, terminated, truncated, info = env.step(env.stop_action)
+    observation, reward, terminated, truncated, info = env.step(env.actions.stop)
     assert (reward, terminated, truncated) == (0.0, True, False)
     assert info["invalid_actions"] == 0
     assert observation["kept"].tolist() == [0] + 22 * [1]
@@ -268,14 +280,102 @@ def test_action_mask_shows_what_is_valid(data: DefenceData, clues: Clues) -> Non
     assert env.observation_space.contains(observation)
 
 
-def test_prune_leaves_masks_and_the_episode_alone(data: DefenceData, clues: Clues) -> None:
+def test_after_leaves_masks_and_the_episode_alone(data: DefenceData, clues: Clues) -> None:
     for settings, expected in (({}, [4, 9]), ({"prune_groups": True}, [1, 4, 9])):
         env = make_env(data, clues, **settings)
         env.reset()
         given = env.objective.all_kept.without([9])
-        assert (~env.prune(given, 4).keep).nonzero().flatten().tolist() == expected
+        assert pruned(env.after(given, 4)) == expected
         assert given == env.objective.all_kept.without([9])
         assert env.mask == env.objective.all_kept
+
+
+# --- bulk actions ---------------------------------------------------------------------------------------
+
+
+def pruned(mask: KeepMask) -> list[int]:
+    return (~mask.keep).nonzero().flatten().tolist()
+
+
+def best_by_hand(env: PruningEnv, mask: KeepMask, units: range, count: int) -> list[int]:
+    """The units of a layer that are kept, by the effects under `mask`, computed anew; the best `count`."""
+    objective = Objective(TinyNet(), env.objective.clues, env.index, env.objective.data, REWARD)
+    effects = objective.effects(mask)["score"].tolist()
+    return sorted((unit for unit in units if mask.keep[unit]), key=lambda unit: -effects[unit])[:count]
+
+
+def test_bulk_actions_prune_the_best_units_of_a_layer_under_the_current_mask(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, bulk_fractions=HALVES)
+    assert env.action_space == gym.spaces.Discrete(29)
+    assert env.actions.stop == STOP
+    observation, start = env.reset()
+    mask = KeepMask.all_kept(env.index)
+    layers = {24: (range(3, 6), 2), 25: (range(6, 18), 4), 27: (range(18, 23), 2)}
+    for number, action in enumerate((25, 27, 25, 24), 1):
+        chosen = best_by_hand(env, mask, *layers[action])
+        effects = observation["effects"]
+        assert effects.shape == (28,)
+        assert effects[action] == pytest.approx(sum(float(effects[unit]) for unit in chosen), abs=1e-5)
+        mask = mask.without(chosen)
+        before = env.score.potential
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert info["keep_mask"] == mask and info["keep_mask"].order == mask.order
+        assert info["units_pruned"] == mask.units_pruned == (4, 6, 10, 12)[number - 1]
+        assert reward == pytest.approx(potential_by_hand(data, clues, mask) - before, abs=1e-5)
+        assert info["potential"] - start["potential"] == pytest.approx(
+            potential_by_hand(data, clues, mask) - potential_by_hand(data, clues, env.objective.all_kept), abs=1e-5
+        )
+        assert (terminated, truncated, info["invalid_actions"]) == (False, False, 0)
+        assert observation["progress"][0] == pytest.approx(1 - number / 5)  # one step, however many units
+        assert np.flatnonzero(observation["kept"] == 0).tolist() == pruned(mask)
+        assert env.observation_space.contains(observation)
+
+
+def test_a_bulk_of_more_units_than_are_left_is_a_counted_no_op(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, bulk_fractions=HALVES)
+    observation, _ = env.reset()
+    assert observation["action_mask"].tolist() == 29 * [1]
+    observation, *_ = env.step(26)  # 6 of 12
+    assert observation["action_mask"][23:].tolist() == [1, 1, 1, 1, 1, 1]  # 6 are left
+    observation, _, _, _, first = env.step(25)  # 2 are left
+    assert observation["action_mask"][23:].tolist() == [1, 1, 0, 0, 1, 1]
+    for count, action in enumerate((25, 26), 1):
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert (reward, terminated, truncated) == (0.0, False, False)
+        assert info["invalid_actions"] == count
+        assert info["units_pruned"] == 10 and info["keep_mask"] == first["keep_mask"]
+        assert info["reward_evaluations"] == first["reward_evaluations"]
+    assert env.reset()[1]["invalid_actions"] == 0
+
+
+def test_a_bulk_takes_the_last_units_of_a_layer(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, bulk_fractions=HALVES)
+    env.reset()
+    env.step(1)
+    observation, _, _, _, info = env.step(23)
+    assert pruned(info["keep_mask"]) == [0, 1, 2]
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [0, 1, 2, 23]
+    observation, reward, terminated, _, info = env.step(STOP)
+    assert (reward, terminated, info["invalid_actions"]) == (0.0, True, 0)
+
+
+def test_a_bulk_takes_whole_groups_where_they_are_pruned_together(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, bulk_fractions=HALVES, prune_groups=True)
+    env.reset()
+    one, two = best_by_hand(env, env.mask, range(3), 2)
+    observation, reward, _, _, info = env.step(23)
+    assert pruned(info["keep_mask"]) == sorted([one, one + 3, two, two + 3])  # the branch is tied to the stem
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [*pruned(info["keep_mask"]), 23, 24]
+    gained = potential_by_hand(data, clues, env.mask) - potential_by_hand(data, clues, env.objective.all_kept)
+    assert reward == pytest.approx(gained, abs=1e-5)
+
+
+def test_the_graph_knows_the_bulk_actions(data: DefenceData, clues: Clues) -> None:
+    graph = make_env(data, clues, bulk_fractions=HALVES).graph
+    assert graph.bulk_layer.tolist() == [0, 1, 2, 2, 3] and graph.bulk_layer.dtype == torch.int64
+    assert graph.bulk_count.tolist() == [2.0, 2.0, 4.0, 6.0, 2.0] and graph.bulk_count.dtype == torch.float32
+    none = make_env(data, clues, bulk_fractions=()).graph
+    assert none.bulk_layer.shape == none.bulk_count.shape == (0,)
 
 
 # --- effects --------------------------------------------------------------------------------------------
@@ -300,19 +400,20 @@ def test_observed_effects_are_those_of_the_current_mask(data: DefenceData, clues
 
 
 def test_effects_of_all_kept_by_hand(data: DefenceData, clues: Clues) -> None:
-    """Each unit's gates shrunk a little, in double precision; clean fidelity is at its maximum, so it has no slope."""
+    """Each unit's gates shrunk a little, in double precision; the clean loss is that of cropped and flipped images."""
     env, eps = make_env(data, clues), 1e-5
-    inputs = data.inputs.double()
+    views = data.normalise(random_crop_and_flip(data.images, seed=0)).double()
 
     def loss(model: nn.Module, name: str, axis: int, unit: int, factor: float) -> float:
         model = copy.deepcopy(model).double()
         with torch.no_grad():
             model.get_parameter(name).select(axis, unit).mul_(factor)
+            inputs = data.inputs.double() if isinstance(model, Unlearned) else views
             return float(nn.functional.cross_entropy(model(inputs), data.labels))
 
     for layer in env.index:
         for unit in range(layer.size):
-            for effect, model in (("clean_loss", TinyNet()), ("unlearning", clues.unlearned)):
+            for effect, model in (("clean_loss", TinyNet()), ("unlearning", Unlearned(seed=5))):
                 slope = sum(
                     (loss(model, *gate, unit, 1 - eps) - loss(model, *gate, unit, 1 + eps)) / (2 * eps)
                     for gate in layer.gates
@@ -320,10 +421,11 @@ def test_effects_of_all_kept_by_hand(data: DefenceData, clues: Clues) -> None:
                 if effect == "unlearning":
                     with torch.no_grad():
                         worst = float(nn.functional.cross_entropy(clues.unlearned(data.inputs), data.labels))
-                    slope *= -REWARD.unlearning / worst
+                    slope *= -0.55 * REWARD.unlearning / worst
                 found = float(env.effects[effect][layer.offset + unit])
                 assert found == pytest.approx(slope, abs=1e-4, rel=1e-3), (effect, layer.name, unit)
-    assert float(env.effects["clean_fidelity"].abs().max()) < 1e-5
+    assert bool((env.effects["clean_fidelity"] <= 0).all())  # it is at its maximum: any unit can only cost
+    assert float(env.effects["clean_fidelity"].min()) < -1e-2
 
 
 def test_observations_stay_in_their_finite_space(data: DefenceData, clues: Clues) -> None:
@@ -349,17 +451,24 @@ def test_evaluations_count_distinct_masks_and_sensitivity_passes(data: DefenceDa
     for action in (3, 3, 9):
         counts.append(env.step(action)[4]["reward_evaluations"])
     env.reset()
-    for action in (9, 3, 10, env.stop_action):  # {9} is new, {3, 9} is known, {3, 9, 10} is new
+    for action in (9, 3, 10, env.actions.stop):  # {9} is new, {3, 9} is known, {3, 9, 10} is new
         counts.append(env.step(action)[4]["reward_evaluations"])
     # All kept: its score, its effects, and those on the clean loss; then two for every mask that is new.
     assert counts == [3, 5, 5, 7, 9, 9, 11, 11]
     env.objective.effects(env.mask)
     env.objective.score(env.mask)
     assert env.reward_evaluations == 11
-    env.objective.score(env.prune(env.mask, 12))
+    env.objective.score(env.after(env.mask, 12))  # the effects that it goes by are known
     assert env.reward_evaluations == 12
-    env.objective.effects(env.prune(env.mask, 12))
+    env.objective.effects(env.after(env.mask, 12))
     assert env.reward_evaluations == 13
+
+
+def test_a_bulk_action_costs_as_much_as_a_single_unit(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues, bulk_fractions=HALVES)
+    env.reset()
+    counts = [env.reward_evaluations, *(env.step(action)[4]["reward_evaluations"] for action in (26, 25, 25))]
+    assert counts == [3, 5, 7, 7]  # the last is invalid
 
 
 def test_reset_restores_the_start(data: DefenceData, clues: Clues) -> None:
@@ -375,12 +484,12 @@ def test_reset_restores_the_start(data: DefenceData, clues: Clues) -> None:
 
 
 def test_twins_in_a_vectorised_environment_go_the_way_of_single_ones(data: DefenceData, clues: Clues) -> None:
-    episodes = ((3, 7, 7, 1, 0), (12, 3, 22, 5, 1), (2, 11, 4, 9, 8))
-    env = make_env(data, clues)
+    episodes = ((3, 7, 7, 1, 0), (12, 3, 22, 5, 1), (2, 11, 4, 9, 8), (3, 26, 7, 25, 23))
+    env = make_env(data, clues, bulk_fractions=HALVES)
     together = DummyVecEnv([env.twin for _ in episodes])
-    singles = [make_env(data, clues) for _ in episodes]
+    singles = [make_env(data, clues, bulk_fractions=HALVES) for _ in episodes]
     seen = together.reset()
-    for single, row in zip(singles, range(3), strict=True):
+    for row, single in enumerate(singles):
         observation, _ = single.reset()
         assert all(np.array_equal(seen[key][row], observation[key]) for key in observation)
     for actions in zip(*episodes, strict=True):

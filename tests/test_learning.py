@@ -61,8 +61,8 @@ def env(monkeypatch: pytest.MonkeyPatch) -> PruningEnv:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         net[1].weight[sorted(BAD)] *= 1.6
     data = DefenceData(torch.rand((12, 1, 4, 4), generator=generator), torch.arange(12) % 3, 3)
-    blank = RecoveredTrigger(0, torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), (1.0, 2.0, 2.0))
-    return PruningEnv(net, data, EnvConfig(max_steps=STEPS), Clues(copy.deepcopy(net), blank))
+    blank = RecoveredTrigger(0, torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), (1.0, 2.0, 2.0))
+    return PruningEnv(net, data, EnvConfig(max_steps=STEPS, bulk_fractions=()), Clues(copy.deepcopy(net), blank))
 
 
 def random_return(env: PruningEnv, generator: np.random.Generator) -> float:
@@ -90,8 +90,8 @@ def test_the_toy_is_no_giveaway(env: PruningEnv) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_learns_what_no_prior_knows(env: PruningEnv, seed: int) -> None:
-    # 4500 steps, and no restarts: they find good masks without any learning.
-    config = AgentConfig(steps_per_evaluation=3, restart_fraction=0)
+    # 4500 steps of whole episodes, and no restarts: they find good masks without any learning.
+    config = AgentConfig(steps_per_evaluation=3, restart_fraction=0, patience=STEPS)
     agent = build_agent(env, config, seed)
     curve = train_agent(agent, config, BUDGET, lambda used, budget: None)
     assert np.mean(curve.returns[:30]) < 0.5 * len(BAD)

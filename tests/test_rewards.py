@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,13 +19,14 @@ from envs.rewards import (
     Clues,
     Objective,
     Outputs,
+    _divergence_probe,
     clean_accuracy,
     clean_fidelity,
     trigger_resistance,
     unlearning,
 )
 from onp.config import RewardConfig, TriggerRecoveryConfig
-from onp.data import DefenceData, Normalisation
+from onp.data import DefenceData, Normalisation, random_crop_and_flip
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
@@ -74,27 +76,47 @@ def test_clean_fidelity_is_minus_the_divergence_from_the_original() -> None:
 def test_unlearning_is_minus_log_cross_entropy_with_a_floor() -> None:
     collapsed = logits([0.01, 0.01, 0.98], [0.02, 0.02, 0.96])
     loss = -(math.log(0.01) + math.log(0.02)) / 2
-    assert float(unlearning(outputs(unlearned=collapsed))) == pytest.approx(-math.log(loss), abs=1e-5)
+    assert float(unlearning(outputs(unlearned=collapsed, trust=0.0))) == pytest.approx(-math.log(loss), abs=1e-5)
     floored = -math.log(0.5 * math.log(3))
     for confidence in (0.9, 0.999):  # cross-entropies below half of a uniform guess's
         rest = (1 - confidence) / 2
         healed = logits([confidence, rest, rest], [rest, confidence, rest])
-        assert float(unlearning(outputs(unlearned=healed))) == pytest.approx(floored, abs=1e-6)
+        assert float(unlearning(outputs(unlearned=healed, trust=0.0))) == pytest.approx(floored, abs=1e-6)
     above = logits([0.55, 0.225, 0.225], [0.225, 0.55, 0.225])  # -log 0.55 = 0.598 > 0.549
-    assert float(unlearning(outputs(unlearned=above))) == pytest.approx(-math.log(-math.log(0.55)), abs=1e-5)
+    assert float(unlearning(outputs(unlearned=above, trust=0.0))) == pytest.approx(-math.log(-math.log(0.55)), abs=1e-5)
+    for trust, part in ((0.5, 0.55), (1.0, 0.1)):  # a trusted trigger leaves it a tenth
+        assert float(unlearning(outputs(unlearned=collapsed, trust=trust))) == pytest.approx(
+            -part * math.log(loss), abs=1e-5
+        )
 
 
-def test_trigger_resistance_is_minus_log_success_times_trust_with_a_floor() -> None:
-    triggered = logits([0.1, 0.1, 0.8], [0.3, 0.3, 0.4])
-    assert float(trigger_resistance(outputs(triggered=triggered))) == pytest.approx(-0.5 * math.log(0.6), abs=1e-6)
-    assert float(trigger_resistance(outputs(triggered=triggered, target=0))) == pytest.approx(
-        -0.5 * math.log(0.2), abs=1e-6
-    )
-    for success in (0.0004, 0.00001):
-        rest = (1 - success) / 2
-        gone = logits([rest, rest, success], [rest, rest, success])
-        assert float(trigger_resistance(outputs(triggered=gone))) == pytest.approx(-0.5 * math.log(5e-4), abs=1e-5)
+def test_trigger_resistance_is_minus_the_log_odds_of_success_times_trust() -> None:
+    triggered = logits([0.1, 0.1, 0.8], [0.3, 0.3, 0.4])  # success 0.6: odds 3 to 2
+    assert float(trigger_resistance(outputs(triggered=triggered))) == pytest.approx(-0.5 * math.log(1.5), abs=1e-6)
+    for target in (0, 1):  # success 0.2: odds 1 to 4
+        other = outputs(triggered=triggered, target=target, trust=1.0)
+        assert float(trigger_resistance(other)) == pytest.approx(math.log(4), abs=1e-6)
     assert float(trigger_resistance(outputs(triggered=triggered, trust=0.0))) == 0
+    one_of_two = logits([0.999, 0.0005, 0.0005], [0.0005, 0.0005, 0.999])
+    odds = 0.9995 / 1.0005  # of the mean over images; the mean of the two log-odds is another number
+    assert float(trigger_resistance(outputs(triggered=one_of_two))) == pytest.approx(-0.5 * math.log(odds), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("success", "odds"),
+    [(0.99, 99), (0.999, 999), (0.0006, 3 / 4997), (0.0005, 1 / 1999), (0.0004, 1 / 1999), (0.00001, 1 / 1999)],
+)
+def test_trigger_resistance_tells_high_successes_apart_and_low_ones_not(success: float, odds: float) -> None:
+    rest = (1 - success) / 2
+    row = [rest, rest, success]
+    found = float(trigger_resistance(outputs(triggered=logits(row, row))))
+    assert found == pytest.approx(-0.5 * math.log(odds), abs=1e-4)
+
+
+def test_trigger_resistance_stays_finite_where_probabilities_underflow() -> None:
+    sure = torch.tensor([[0.0, 0.0, 200.0], [0.0, 0.0, 200.0]])  # 2 e^-200 against 1
+    assert float(trigger_resistance(outputs(triggered=sure))) == pytest.approx(-0.5 * (200 - math.log(2)), rel=1e-5)
+    assert float(trigger_resistance(outputs(triggered=-sure))) == pytest.approx(0.5 * math.log(1999), abs=1e-5)
 
 
 def test_terms_carry_the_names_of_their_weights() -> None:
@@ -117,15 +139,23 @@ def test_terms_carry_the_names_of_their_weights() -> None:
     ],
 )
 def test_trust_grows_with_the_distance_to_the_runner_up(sizes: tuple[float, ...], trust: float) -> None:
-    found = RecoveredTrigger(0, torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), sizes)
+    found = RecoveredTrigger(0, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), sizes)
     assert found.trust == pytest.approx(trust, abs=1e-9)
 
 
 def test_a_recovered_trigger_blends_by_its_mask() -> None:
-    mask, pattern = torch.tensor([[[0.0, 0.25], [1.0, 0.5]]]), torch.tensor([[[1.0, 1.0], [0.3, 0.0]]])
+    mask, pattern = torch.tensor([[[[0.0, 0.25], [1.0, 0.5]]]]), torch.tensor([[[[1.0, 1.0], [0.3, 0.0]]]])
     shown = RecoveredTrigger(0, mask, pattern, (1.0, 2.0))(torch.full((3, 1, 2, 2), 0.4))
     assert shown.shape == (3, 1, 2, 2)
-    assert torch.allclose(shown[2], torch.tensor([[[0.4, 0.55], [0.3, 0.2]]]))
+    assert torch.allclose(shown, torch.tensor([[[0.4, 0.55], [0.3, 0.2]]]).expand(3, 1, 2, 2))
+
+
+def test_variants_of_a_recovered_trigger_take_turns() -> None:
+    masks = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.5]]]])
+    patterns = torch.tensor([[[[1.0, 9.0]], [[0.5, 9.0]]], [[[9.0, 0.0]], [[9.0, 0.8]]]])  # two colours
+    shown = RecoveredTrigger(0, masks, patterns, (1.0, 2.0))(torch.full((5, 2, 1, 2), 0.4))
+    first, second = torch.tensor([[[1.0, 0.4]], [[0.5, 0.4]]]), torch.tensor([[[0.4, 0.2]], [[0.4, 0.6]]])
+    assert torch.allclose(shown, torch.stack([first, second, first, second, first]))
 
 
 # --- sensitivity ----------------------------------------------------------------------------------------
@@ -191,7 +221,7 @@ def cross_entropies(data: DefenceData, labels: Tensor) -> Callable[[nn.Module], 
 
 
 def loss_effects(network: nn.Module, index: UnitIndex, data: DefenceData) -> Tensor:
-    return Engine(network, index, data.inputs).effects(KeepMask.all_kept(index), data.cross_entropy)
+    return Engine(network, index, data.inputs).effects(KeepMask.all_kept(index), data.cross_entropy).sum(0)
 
 
 def test_first_order_effects_are_the_slopes_of_the_loss(
@@ -233,14 +263,38 @@ def test_first_order_effects_of_any_function_are_its_slopes(
     expected = slopes(network, index, lambda model: function(model(inputs.double())))[:, 0]
     whole = KeepMask.all_kept(index)
     found = Engine(network, index, inputs).effects(whole, function)
-    assert torch.allclose(found.double(), expected, atol=1e-5, rtol=1e-3)
+    assert found.shape == (20, len(index))
+    assert torch.allclose(found.sum(0).double(), expected, atol=1e-5, rtol=1e-3)
     assert float(expected.abs().min()) > 1e-5
     for chunk in (1, 7, 19, 20):
         again = Engine(network, index, inputs, chunk=chunk).effects(whole, function)
         assert torch.allclose(again, found, atol=1e-6, rtol=1e-4), chunk
     engine = Engine(network, index, inputs, chunk=8)
     few = slopes(network, index, lambda model: function(model(inputs[:11].double())))[:, 0]
-    assert torch.allclose(engine.effects(whole, function, 11).double(), few, atol=1e-5, rtol=1e-3)
+    assert torch.allclose(engine.effects(whole, function, 11).sum(0).double(), few, atol=1e-5, rtol=1e-3)
+
+
+def test_first_order_effects_by_image_are_the_slopes_where_one_image_alone_sees_the_pruning(
+    network: nn.Module, index: UnitIndex, data: DefenceData
+) -> None:
+    def function(logits: Tensor) -> Tensor:
+        return logits.softmax(1)[:, 2].mean().log() + 0.3 * logits[:, 0].var()
+
+    with torch.no_grad():
+        before = copy.deepcopy(network).double()(data.inputs.double())
+
+    def one_by_one(model: nn.Module) -> Tensor:
+        after, values = model(data.inputs.double()), []
+        for image in range(len(data)):
+            mixed = before.clone()
+            mixed[image] = after[image]
+            values.append(function(mixed))
+        return torch.stack(values)
+
+    expected = slopes(network, index, one_by_one).T
+    found = Engine(network, index, data.inputs, chunk=8).effects(KeepMask.all_kept(index), function)
+    assert torch.allclose(found.double(), expected, atol=1e-7, rtol=1e-3)
+    assert float(expected.std(0).max()) > 1e-4  # images differ
 
 
 def test_layers_that_the_outputs_do_not_need_have_no_effect(index: UnitIndex, network: Any, data: DefenceData) -> None:
@@ -248,7 +302,7 @@ def test_layers_that_the_outputs_do_not_need_have_no_effect(index: UnitIndex, ne
     number = next(i for i, layer in enumerate(index) if layer.module == "hidden")
     engine, whole = Engine(network, index, data.inputs), KeepMask.all_kept(index)
     effects = engine.effects(whole, lambda logits: logits.square().mean())
-    assert bool((effects[index.layer_of <= number] == 0).all())
+    assert bool((effects[:, index.layer_of <= number] == 0).all())
     constant = engine.effects(whole, lambda logits: 0 * logits.sum() + 1)
     assert bool((constant == 0).all())
 
@@ -262,9 +316,9 @@ WEIGHTS = RewardConfig(clean_accuracy=1.0, clean_fidelity=2.0, unlearning=0.5, t
 def clues() -> Clues:
     """Another network as unlearned copy, and a corner patch for class 1 that is half trusted."""
     torch.manual_seed(4)
-    mask = torch.zeros(1, 8, 8)
-    mask[0, :3, :3] = 0.8
-    return Clues(EveryKind().eval(), RecoveredTrigger(1, mask, torch.ones(1, 8, 8), (6.0, 4.0, 9.0)))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[0, 0, :3, :3] = 0.8
+    return Clues(EveryKind().eval(), RecoveredTrigger(1, mask, torch.ones(1, 1, 8, 8), (6.0, 4.0, 9.0)))
 
 
 def some_pruned(index: UnitIndex) -> KeepMask:
@@ -279,34 +333,93 @@ def test_effects_are_the_weighted_slopes_of_the_terms(
     mask = some_pruned(index) if pruned else KeepMask.all_kept(index)
     effects = Objective(network, clues, index, data, WEIGHTS).effects(mask)
     triggered = data.normalise(clues.trigger(data.images[data.labels != 1])).double()
-    with torch.no_grad():
-        before = copy.deepcopy(network).double()(data.inputs.double()).log_softmax(1)
     cut, cut_unlearned = copy.deepcopy(network), copy.deepcopy(clues.unlearned)
     apply_mask(cut, mask)
     apply_mask(cut_unlearned, mask)
 
-    def divergence(model: nn.Module) -> Tensor:
-        return (before.exp() * (before - model(data.inputs.double()).log_softmax(1))).sum(1).mean()
+    def log_odds(model: nn.Module) -> Tensor:
+        success = model(triggered).softmax(1)[:, 1].mean()
+        return (success / (1 - success)).log()
 
     gains = {
-        "clean_fidelity": slopes(cut, index, lambda model: -2.0 * divergence(model))[:, 0],
         "unlearning": slopes(
-            cut_unlearned, index, lambda model: -0.5 * cross_entropies(data, data.labels)(model).mean().log()
+            cut_unlearned, index, lambda model: -0.5 * 0.55 * cross_entropies(data, data.labels)(model).mean().log()
         )[:, 0],
-        "trigger_resistance": slopes(
-            cut, index, lambda model: -0.4 * 0.5 * model(triggered).softmax(1)[:, 1].mean().log()
-        )[:, 0],
+        "trigger_resistance": slopes(cut, index, lambda model: -0.4 * 0.5 * log_odds(model))[:, 0],
     }
-    assert set(effects) == {"score", *PLACES} == {"score", *gains}
+    assert set(effects) == {"score", *PLACES} == {"score", "clean_fidelity", *gains}
     for name, expected in gains.items():
+        assert torch.allclose(effects[name].double(), expected, atol=2e-5, rtol=2e-3), name
+        assert float(expected.abs().max()) > 1e-3, name
+    for name in PLACES:
         assert effects[name].shape == (len(index),) and effects[name].dtype == torch.float32
         assert not effects[name].requires_grad
-        assert torch.allclose(effects[name].double(), expected, atol=2e-5, rtol=2e-3), name
-        slope = float(expected.abs().max())  # where nothing is pruned the divergence is at its minimum
-        assert slope > 1e-3 if pruned or name != "clean_fidelity" else slope < 1e-6, name
         assert bool((effects[name][~mask.keep] == 0).all())
     total = effects["clean_fidelity"] + effects["unlearning"] + effects["trigger_resistance"]
     assert torch.allclose(effects["score"], total, atol=1e-6)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_the_effect_on_fidelity_is_half_the_curvature_of_the_divergence_on_average_over_all_signs(
+    network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues, pruned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its curvature by central differences of each unit's gates, in double precision, on cropped and flipped images."""
+    mask, eps = some_pruned(index) if pruned else KeepMask.all_kept(index), 1e-3
+    cut = copy.deepcopy(network)
+    apply_mask(cut, mask)
+    inputs = data.normalise(random_crop_and_flip(data.images, seed=0)).double()
+    assert not torch.equal(inputs, data.inputs.double())
+    with torch.no_grad():
+        here = copy.deepcopy(cut).double()(inputs).log_softmax(1)
+
+    def divergence(model: nn.Module) -> float:
+        return float((here.exp() * (here - model(inputs).log_softmax(1))).sum(1).mean())
+
+    with torch.no_grad():
+        expected = torch.tensor(
+            [
+                -2.0 * sum(divergence(shrunk(cut, layer, unit, by)) for by in (eps, -eps)) / (2 * eps**2)
+                for layer in index
+                for unit in range(layer.size)
+            ]
+        ).double()
+    single = Objective(network, clues, index, data, WEIGHTS).effects(mask)["clean_fidelity"].double()
+    estimates = []
+    for signs in itertools.product((0, 1), repeat=3):  # one pattern for every image
+        objective = Objective(network, clues, index, data, WEIGHTS)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", lambda high, shape, signs=signs, **_: torch.tensor(signs).expand(shape))
+            estimates.append(objective.effects(mask)["clean_fidelity"].double())
+    found = torch.stack(estimates).mean(0)
+    assert torch.allclose(found, expected, atol=1e-7, rtol=2e-3)
+    assert float(expected.min()) < -1e-2
+    # One random sign an image and class, as it is used: of the right size, with the noise of 20 images.
+    assert bool((single <= 0).all())
+    assert float(single.sum() / expected.sum()) == pytest.approx(1, abs=0.4)
+    assert float(torch.corrcoef(torch.stack([single, expected]))[0, 1]) > 0.9
+
+
+def test_the_divergence_probe_is_a_random_root_of_the_fisher_information() -> None:
+    """Its gradient is r' B with B' B = diag(p) - p p' and signs r, so its square is z' H z on average."""
+    p = torch.tensor([0.6, 0.25, 0.1, 0.05], dtype=torch.float64)
+    images = 40_000
+    given = (p.log() + 2).expand(images, 4).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(_divergence_probe(given.detach())(given), given)
+    root = p.sqrt().diag() - p.sqrt().outer(p)
+    fisher = p.diag() - p.outer(p)
+    assert torch.allclose(root.T @ root, fisher, atol=1e-12)
+    patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)), dtype=torch.float64) @ root
+    distance, nearest = torch.cdist(gradient, patterns).min(1)
+    assert float(distance.max()) < 1e-6
+    counts = torch.bincount(nearest, minlength=16) / images
+    assert float((counts - 1 / 16).abs().max()) < 0.01  # every pattern of signs, equally often
+    assert torch.allclose(gradient.T @ gradient / images, fisher, atol=5e-3)
+    for z in torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, -1.0, 2.0, 0.0], [0.0, 0.0, -1.0, 3.0]], dtype=torch.float64):
+        by_hand = float((p * z.square()).sum() - (p * z).sum() ** 2)  # the variance of z under p
+        assert float((gradient @ z).square().mean()) == pytest.approx(by_hand, rel=0.03)
+        moved = (p.log() + 1e-3 * z).log_softmax(0)
+        assert float((p * (p.log() - moved)).sum()) == pytest.approx(1e-6 * by_hand / 2, rel=5e-3)
+    assert torch.allclose(gradient.sum(1), torch.zeros(1).double(), atol=1e-9)  # a shift of all logits changes nothing
 
 
 def test_effects_are_remembered_and_count_one_evaluation_a_pass(
@@ -375,7 +488,7 @@ def test_effects_of_the_masked_network_are_those_of_the_function_there(
     mask = some_pruned(index)
     cut = copy.deepcopy(network)
     apply_mask(cut, mask)
-    inside = Engine(network, index, data.inputs).effects(mask, data.cross_entropy)
+    inside = Engine(network, index, data.inputs).effects(mask, data.cross_entropy).sum(0)
     assert bool((inside[~mask.keep] == 0).all())
     torch.testing.assert_close(inside, loss_effects(cut, index, data), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(inside, loss_effects(network, index, data), atol=1e-3)
@@ -383,7 +496,7 @@ def test_effects_of_the_masked_network_are_those_of_the_function_there(
 
 def test_effects_of_broken_outputs_are_finite(network: nn.Module, index: UnitIndex, data: DefenceData) -> None:
     """They are observations, whose space is finite."""
-    trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
+    trigger = RecoveredTrigger(1, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, data, RewardConfig())
     for engine in objective.engines.values():
         engine.network.graph_module.get_parameter("out.bias").fill_(float("nan"))
@@ -392,7 +505,7 @@ def test_effects_of_broken_outputs_are_finite(network: nn.Module, index: UnitInd
 
 
 def test_broken_outputs_count_as_the_lowest_worth(network: nn.Module, index: UnitIndex, data: DefenceData) -> None:
-    trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
+    trigger = RecoveredTrigger(1, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, data, RewardConfig())
     fine = objective.score(objective.all_kept)
     for engine in objective.engines.values():
@@ -406,10 +519,12 @@ def test_a_trigger_class_that_every_image_has_still_gives_triggered_images(
     network: nn.Module, index: UnitIndex, data: DefenceData
 ) -> None:
     alike = replace(data, labels=torch.ones(20, dtype=torch.int64))
-    trigger = RecoveredTrigger(1, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (4.0, 8.0, 9.0))
+    trigger = RecoveredTrigger(1, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8), (4.0, 8.0, 9.0))
     objective = Objective(network, Clues(copy.deepcopy(network), trigger), index, alike, RewardConfig())
     score = objective.score(KeepMask.all_kept(index))
-    assert 0 < score.terms["trigger_resistance"] <= -math.log(5e-4)  # without images it would be the lowest worth
+    with torch.no_grad():  # the trigger covers nothing
+        success = float(network(alike.inputs).softmax(1)[:, 1].double().mean())
+    assert score.terms["trigger_resistance"] == pytest.approx(math.log(1 - success) - math.log(success), abs=1e-4)
 
 
 # --- trigger recovery -----------------------------------------------------------------------------------
@@ -450,7 +565,7 @@ def clean() -> DefenceData:
     return DefenceData(images, labels, 3)
 
 
-RECOVERY = TriggerRecoveryConfig(steps=250, batch_size=16)
+RECOVERY = TriggerRecoveryConfig(steps=250, batch_size=16, variants=1)
 
 
 def test_recovery_finds_a_planted_patch(clean: DefenceData) -> None:
@@ -459,14 +574,14 @@ def test_recovery_finds_a_planted_patch(clean: DefenceData) -> None:
         assert bool((model(clean.images).argmax(1) == clean.labels).all())  # it is a good classifier
     found = recover_trigger(model, clean, RECOVERY, seed=0)
     row, column = PLANTED
-    inside = found.mask[0, row : row + 2, column : column + 2]
-    assert found.target == 2
-    assert float(inside.sum() / found.mask.sum()) > 0.9
-    assert float(inside.min()) > 0.2
-    assert float(found.pattern[0, row : row + 2, column : column + 2].min()) > 0.9
+    inside = found.masks[0, 0, row : row + 2, column : column + 2]
+    bright = found.patterns[0, 0, row : row + 2, column : column + 2]
+    assert found.target == 2 and found.masks.shape == found.patterns.shape == (1, 1, 8, 8)
+    assert float(inside.sum() / found.masks.sum()) > 0.9
+    assert float((inside * bright).sum() / inside.sum()) > 0.9  # where it covers, it is bright
     assert found.trust == 1
     assert found.sizes[2] < 4 < min(found.sizes[:2])
-    assert found.sizes[2] == pytest.approx(float(found.mask.sum()), rel=1e-5)
+    assert found.sizes[2] == pytest.approx(float(found.masks.sum()), rel=1e-5)
     with torch.no_grad():
         hits = model(found(clean.images)).argmax(1) == 2
     assert float(hits.float().mean()) > 0.7  # recorded while the smoothed success is still 95 %
@@ -485,7 +600,7 @@ def test_recovery_leaves_the_network_untouched(clean: DefenceData) -> None:
 def test_recovery_restores_the_network_after_an_error(clean: DefenceData) -> None:
     model = Backdoored()
 
-    def fail(step: int, steps: int) -> None:
+    def fail(step: int) -> None:
         raise RuntimeError("stopped by hand")
 
     with pytest.raises(RuntimeError, match="stopped by hand"):
@@ -504,11 +619,117 @@ def test_recovery_depends_on_the_seed_alone(clean: DefenceData) -> None:
     one = recover_trigger(Backdoored(), clean, short, seed=1)
     torch.rand(7)  # the global generator has no say
     two, other = (recover_trigger(Backdoored(), clean, short, seed) for seed in (1, 2))
-    assert torch.equal(one.mask, two.mask) and torch.equal(one.pattern, two.pattern) and one.sizes == two.sizes
-    assert not torch.equal(one.mask, other.mask)
+    assert torch.equal(one.masks, two.masks) and torch.equal(one.patterns, two.patterns) and one.sizes == two.sizes
+    assert not torch.equal(one.masks, other.masks)
 
 
 def test_recovery_reports_its_progress(clean: DefenceData) -> None:
-    seen: list[tuple[int, int]] = []
-    recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=3), 0, lambda step, steps: seen.append((step, steps)))
-    assert seen == [(0, 3), (1, 3), (2, 3)]
+    seen: list[int] = []
+    recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=3), 0, seen.append)
+    assert seen == [0, 1, 2, 0, 1, 2]  # all classes, then the finalists
+
+
+class Watched(Backdoored):
+    """Remembers the images of every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("finalists", "rows"), [(1, 16), (2, 32), (3, 48), (9, 48)])
+def test_all_classes_are_optimised_and_then_the_finalists_for_as_long(
+    clean: DefenceData, finalists: int, rows: int
+) -> None:
+    model = Watched()
+    recover_trigger(model, clean, replace(RECOVERY, steps=4, finalists=finalists), seed=0)
+    assert [len(images) for images in model.seen] == 4 * [3 * 16] + 4 * [rows]
+
+
+def test_the_finalists_are_those_of_the_smallest_masks_and_nothing_else_changes(clean: DefenceData) -> None:
+    """Classes share nothing but the images drawn, so each goes its way whoever else is optimised."""
+    one, two, three = (
+        recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=60, finalists=finalists), seed=0)
+        for finalists in (1, 2, 3)
+    )
+    middle, large = sorted((0, 1), key=lambda number: one.sizes[number])  # after the first round
+    assert one.target == two.target == three.target == 2 and one.sizes[large] < INFINITE
+    assert one.sizes[2] == pytest.approx(three.sizes[2], rel=1e-3)
+    assert two.sizes[middle] == pytest.approx(three.sizes[middle], rel=1e-3)
+    assert three.sizes[middle] < one.sizes[middle]  # what a finalist gains
+    assert three.sizes[large] < one.sizes[large] == pytest.approx(two.sizes[large], rel=1e-3)
+    assert torch.allclose(one.masks, three.masks, atol=1e-2)
+
+
+def test_the_second_round_goes_on_where_the_first_ended(clean: DefenceData) -> None:
+    model = Watched()
+    recover_trigger(model, clean, replace(RECOVERY, steps=30, finalists=3), seed=0)
+    spread = [float(images.view(3, 16, -1).std(1).mean()) for images in model.seen]  # falls with the part covered
+    assert abs(spread[30] - spread[29]) < 0.2 * abs(spread[29] - spread[0])
+
+
+def test_masks_start_half_covered(clean: DefenceData) -> None:
+    """By a pattern of medium grey, with a little noise."""
+    model = Watched()
+    white = replace(clean, images=torch.ones_like(clean.images))
+    recover_trigger(model, white, replace(RECOVERY, steps=1), seed=0)
+    first = model.seen[0]
+    assert float(first.mean()) == pytest.approx(0.75, abs=0.01)
+    assert 0 < float((first - 0.75).abs().max()) < 0.15
+    black = replace(clean, images=torch.zeros_like(clean.images))
+    recover_trigger(model, black, replace(RECOVERY, steps=1), seed=0)
+    assert float((first - model.seen[2]).mean()) == pytest.approx(0.5, abs=0.01)
+
+
+# --- variants -------------------------------------------------------------------------------------------
+
+
+class TwicePlanted(Backdoored):
+    """A second patch works as well as the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(64, 1)
+        with torch.no_grad():
+            self.again.weight.zero_()
+            self.again.weight.view(8, 8)[6:8, 1:3] = 2.0
+            self.again.bias.fill_(-4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + torch.tensor([0.0, 0.0, 10.0]) * nn.functional.softplus(self.again(x.flatten(1)))
+
+
+def test_variants_find_the_parts_of_a_trigger_one_after_the_other(clean: DefenceData) -> None:
+    model = TwicePlanted()
+    found = recover_trigger(model, clean, replace(RECOVERY, variants=3), seed=0)
+    assert found.target == 2
+    shares = found.masks[:2, 0, 6:8].view(2, 2, 2, 4).sum((1, 3)) / found.masks[:2].sum((1, 2, 3))[:, None]
+    # Columns 0 to 3 hold one patch, 4 to 7 the other; no variant needs both.
+    assert sorted(shares.argmax(1).tolist()) == [0, 1] and float(shares.amax(1).min()) > 0.7
+    for mask, pattern in zip(found.masks[:2], found.patterns[:2], strict=True):
+        with torch.no_grad():
+            hits = model((1 - mask) * clean.images + mask * pattern).argmax(1) == 2
+        assert float(hits.float().mean()) > 0.7
+    sizes = found.masks.sum((1, 2, 3)).tolist()
+    assert sizes[0] == pytest.approx(found.sizes[2], rel=1e-5)
+    assert all(0 < size < min(found.sizes[:2]) for size in sizes)
+
+
+@pytest.mark.parametrize("network", [Backdoored, TwicePlanted])
+def test_variants_keep_off_each_others_pixels_and_change_no_size(clean: DefenceData, network: type[Backdoored]) -> None:
+    one, more = (recover_trigger(network(), clean, replace(RECOVERY, variants=count), seed=0) for count in (1, 3))
+    assert len(one.masks) == len(one.patterns) == 1 <= len(more.masks) == len(more.patterns) <= 3
+    assert more.sizes == one.sizes and more.target == one.target and more.trust == one.trust
+    assert torch.equal(more.masks[:1], one.masks) and torch.equal(more.patterns[:1], one.patterns)
+    overlap = more.masks.sort(0, descending=True).values[1:2]
+    assert bool((overlap <= 0.1).all())
+
+
+def test_there_are_no_variants_of_what_never_worked(clean: DefenceData) -> None:
+    found = recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=1, variants=3), seed=0)
+    assert found.trust == 0 and found.masks.shape == (1, 1, 8, 8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -194,6 +196,7 @@ def test_unlearning_stops_on_the_running_accuracy_of_the_epoch(tiny: tuple[TinyN
     unlearned = unlearn(model, data, config, seed=0)
     assert 1 <= stop < 20 and accuracies[0] > 0.8
     assert unlearned.reached and unlearned.epochs == stop + 1 and unlearned.accuracy == accuracies[stop]
+    assert unlearned.steps == 3 * (stop + 1)  # batches of 10, 10 and 4
     assert same(before, model.state_dict()) and not unlearned.model.training
 
 
@@ -203,7 +206,7 @@ def test_unlearning_that_never_reaches_the_stop_ends_after_max_epochs(tiny: tupl
     learn(model, data)
     config = UnlearnConfig(learning_rate=1e-6, max_epochs=3)
     unlearned = unlearn(model, data, config, seed=0)
-    assert not unlearned.reached and unlearned.epochs == 3
+    assert not unlearned.reached and unlearned.epochs == unlearned.steps == 3  # a batch an epoch
     assert unlearned.accuracy == unlearned_by_hand(model, data, config, 3)[-1]
 
 
@@ -213,6 +216,65 @@ def test_unlearning_can_stop_on_one_batch(tiny: tuple[TinyNet, UnitIndex]) -> No
     config = UnlearnConfig(learning_rate=0.05, batch_size=4, stop_accuracy=0.25, stop_on="batch")
     unlearned = unlearn(model, data, config, seed=0)
     assert unlearned.reached and unlearned.accuracy in (0.0, 0.25)
+    assert 6 * (unlearned.epochs - 1) < unlearned.steps <= 6 * unlearned.epochs
+
+
+@pytest.mark.parametrize("stop_on", ["batch", "epoch"])
+def test_unlearning_that_ends_too_soon_is_repeated_at_a_third_of_the_learning_rate(
+    tiny: tuple[TinyNet, UnitIndex], stop_on: Literal["batch", "epoch"]
+) -> None:
+    model, data = tiny[0], tiny_data()
+    learn(model, data)
+    before = state(model)
+    config = UnlearnConfig(learning_rate=0.2, batch_size=8, milestones=(), stop_accuracy=0.3, stop_on=stop_on)
+    rates = [0.2, 0.2 / 3, 0.2 / 3 / 3, 0.2 / 3 / 3 / 3]
+    plain = [unlearn(model, data, replace(config, learning_rate=rate), seed=0) for rate in rates]
+    steps = [run.steps for run in plain]
+    assert all(run.reached for run in plain) and steps == sorted(steps) and len(set(steps)) >= 3
+    for least in (0, steps[0], steps[0] + 1, steps[2], steps[2] + 1, steps[3]):
+        expected = next(number for number, taken in enumerate(steps) if taken >= least)
+        found = unlearn(model, data, replace(config, min_steps=least), seed=0)
+        assert found.steps == steps[expected] >= least
+        assert same(found.model.state_dict(), plain[expected].model.state_dict())
+        assert (found.epochs, found.accuracy, found.reached) == (
+            plain[expected].epochs, plain[expected].accuracy, True
+        )  # fmt: skip
+    assert same(before, model.state_dict())
+
+
+def test_unlearning_that_never_reaches_the_stop_is_not_repeated(tiny: tuple[TinyNet, UnitIndex]) -> None:
+    """More steps at a lower rate would not get further."""
+    model, data = tiny[0], tiny_data()
+    learn(model, data)
+    config = UnlearnConfig(learning_rate=1e-4, max_epochs=2)
+    plain, found = (unlearn(model, data, replace(config, min_steps=least), seed=0) for least in (0, 50))
+    assert not found.reached and found.steps == 2
+    assert same(plain.model.state_dict(), found.model.state_dict())
+
+
+class Wrong(nn.Module):
+    """Always says class 2, which no image has; counts its calls, those of its copies too."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+        with torch.no_grad():
+            self.fc.bias.copy_(torch.tensor([0.0, 0.0, 50.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        Wrong.calls += 1
+        assert Wrong.calls < 2000, "unlearning goes on although no learning rate can delay its stop"
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("stop_on", ["batch", "epoch"])
+def test_unlearning_ends_where_the_network_knows_nothing_from_the_outset(stop_on: Literal["batch", "epoch"]) -> None:
+    Wrong.calls = 0
+    data = replace(tiny_data(), labels=torch.arange(24) % 2)
+    unlearned = unlearn(Wrong(), data, UnlearnConfig(stop_on=stop_on, min_steps=5), seed=0)
+    assert unlearned.reached and unlearned.accuracy == 0
 
 
 # --- prune ----------------------------------------------------------------------------------------------
