@@ -409,7 +409,7 @@ def test_any_exception_is_the_matter_of_its_run(
     ("extra", "expected"),
     [
         ("--purify.seed 3", "--seeds"),
-        ("--budgets 24 11", "--budget 11"),
+        ("--budgets 24 7", "--budget 7"),
         ("--budgets 12 12", "--budgets 12 12"),
         ("--seeds 1 1", "--seeds 1 1"),
     ],
