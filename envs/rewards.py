@@ -26,8 +26,8 @@ from onp.units import UnitIndex
 class Outputs:
     """What one mask does to clean images; logits have shape (n, classes).
 
-    `original` and `pruned` are of images cropped and flipped at random: the network may have been trained on the images
-    themselves, and on those its outputs hardly change while test accuracy falls.
+    `original` and `pruned` are of views, cropped and flipped at random where the network knows them: it may have been
+    trained on the images themselves, and on those its outputs hardly change while test accuracy falls.
     """
 
     labels: Tensor
@@ -137,7 +137,7 @@ class Objective:
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
         others = data.images[data.labels != clues.trigger.target]
         triggered = data.normalise(clues.trigger(others if len(others) else data.images))
-        views = data.normalise(random_crop_and_flip(data.images, seed=0))
+        views = _views(model, data)
         cache = cache or ActivationCache()
         self.engines = {
             "pruned": Engine(model, index, views, cache),
@@ -191,6 +191,17 @@ class Objective:
             for engine in self.engines.values():
                 engine.touch(mask)
         return self.scores[mask.key][1]
+
+
+def _views(model: nn.Module, data: DefenceData) -> Tensor:
+    """The images, normalised, cropped and flipped at random where the network still classifies them as labelled.
+
+    Where it does not, the view is none that it is made for (a mirrored digit), and the image stays as it is.
+    """
+    views = data.normalise(random_crop_and_flip(data.images, seed=0))
+    with torch.no_grad():
+        right = torch.cat([model.eval()(part).argmax(1) for part in views.split(100)]) == data.labels
+    return torch.where(right.view(-1, 1, 1, 1), views, data.inputs)
 
 
 def _divergence_probe(pruned: Tensor) -> Callable[[Tensor], Tensor]:
