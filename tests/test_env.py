@@ -64,6 +64,16 @@ class TinyNet(nn.Module):
         return self.out(self.hidden(x.flatten(1)).relu())
 
 
+def known_views(model: nn.Module, data: DefenceData) -> Tensor:
+    """Cropped and flipped images in [0, 1], one by one; where the network misses the label, the image itself."""
+    shown = []
+    for image, view, label in zip(data.images, random_crop_and_flip(data.images, seed=0), data.labels, strict=True):
+        with torch.no_grad():
+            guess = int(model(data.normalise(view.unsqueeze(0))).argmax())
+        shown.append(view if guess == int(label) else image)
+    return torch.stack(shown)
+
+
 class Unlearned(TinyNet):
     """Stands for the unlearned copy."""
 
@@ -108,7 +118,7 @@ def terms_by_hand(data: DefenceData, clues: Clues, mask: KeepMask) -> dict[str, 
         return np.exp(values) / np.exp(values).sum(1, keepdims=True)
 
     labels, rows = data.labels.numpy(), np.arange(len(data))
-    views = random_crop_and_flip(data.images, seed=0)
+    views = known_views(TinyNet(), data)
     before, after = softmax(logits(TinyNet(), views, prune=False)), softmax(logits(TinyNet(), views))
     cross_entropy = -np.log(softmax(logits(clues.unlearned, data.images))[rows, labels]).mean()
     others = data.images[data.labels != 1].clone()
@@ -402,7 +412,7 @@ def test_observed_effects_are_those_of_the_current_mask(data: DefenceData, clues
 def test_effects_of_all_kept_by_hand(data: DefenceData, clues: Clues) -> None:
     """Each unit's gates shrunk a little, in double precision; the clean loss is that of cropped and flipped images."""
     env, eps = make_env(data, clues), 1e-5
-    views = data.normalise(random_crop_and_flip(data.images, seed=0)).double()
+    views = data.normalise(known_views(TinyNet(), data)).double()
 
     def loss(model: nn.Module, name: str, axis: int, unit: int, factor: float) -> float:
         model = copy.deepcopy(model).double()
