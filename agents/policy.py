@@ -49,7 +49,7 @@ class PointerNetwork(nn.Module):
     """Observation to masked action logits (batch, N + B + 1) and values (batch, 1).
 
     A unit is read by its embedding, a bulk action by the mean embedding of its layer and the size of its bite. The
-    logits start at a prior, minus a multiple of the log of an action's rank by the first-order effects in the
+    logits start at a prior, minus a multiple of the log of an action's rank by the estimated effects in the
     observation, so that an untrained policy samples near the gradient's choice, whatever the network's size.
     """
 

@@ -29,7 +29,7 @@ def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress
     for unit in ranked_units(env):
         if env.reward_evaluations >= budget:
             break
-        mask = mask.without(env.actions.units(unit, mask, env.effects["score"]))
+        mask = env.after(mask, unit)
         env.objective.score(mask)
         progress(env.reward_evaluations, budget)
 
@@ -62,8 +62,7 @@ def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
         for _ in range(env.config.max_steps):
             if env.reward_evaluations >= budget or mask.units_pruned == len(env.index):
                 break
-            unit = int(generator.choice(mask.keep.nonzero().flatten().numpy()))
-            mask = mask.without(env.actions.units(unit, mask, env.effects["score"]))
+            mask = env.after(mask, int(generator.choice(mask.keep.nonzero().flatten().numpy())))
             env.objective.score(mask)
             progress(env.reward_evaluations, budget)
         idle = idle + 1 if env.reward_evaluations == before else 0

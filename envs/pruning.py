@@ -154,8 +154,10 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         return self._observation(), self.score.potential - before, terminated, False, self._info()
 
     def after(self, mask: KeepMask, action: int) -> KeepMask:
-        """`mask` without the units that a valid `action` prunes."""
-        return mask.without(self.actions.units(action, mask, self.objective.effects(mask)["score"]))
+        """`mask` without the units that a valid `action` prunes; only a bulk has to know the effects at `mask`."""
+        single = action < len(self.index)
+        effects = self.effects if single else self.objective.effects(mask)
+        return mask.without(self.actions.units(action, mask, effects["score"]))
 
     def _observation(self) -> Observation:
         left = 1 - self.steps / self.config.max_steps

@@ -156,7 +156,7 @@ class Objective:
         )
 
     def effects(self, mask: KeepMask) -> dict[str, Tensor]:
-        """First-order change of each weighted term when one more unit is pruned, (N,) each; one sensitivity pass.
+        """Estimated change of each weighted term when one more unit is pruned, (N,) each; one sensitivity pass.
 
         `score` is their sum, the estimated change of the potential; 0 for units that `mask` prunes already.
         """

@@ -36,6 +36,11 @@ class UnlearnConfig:
 class TriggerRecoveryConfig:
     """Neural-Cleanse-style recovery of the trigger from clean images."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "finalists", "variants", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} {value}: expected at least 1")
+
     steps: int = 100
     """Adam steps for all classes side by side, and again for the finalists"""
     finalists: int = 3

@@ -42,7 +42,7 @@ class PurifyConfig:
     """Settings of the job; the same for every network."""
 
     def __post_init__(self) -> None:
-        least = 3 * (self.env.max_steps + 1) - 1
+        least = 3 * self.env.max_steps + 2  # the last episode, of 2 a step, and half as much to learn from
         if self.budget < least:
             raise ConfigError(
                 f"--budget {self.budget}: expected at least {least} for episodes of {self.env.max_steps} steps"

@@ -17,14 +17,14 @@ from rich.table import Table
 from torch import nn
 
 from baselines_rnp.rnp import threshold_masks
-from onp.checkpoints import write_atomically
+from onp.checkpoints import write_atomically, write_json
 from onp.data import ImageDataset
 from onp.errors import ConfigError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure
 from onp.masks import KeepMask, masked
 from onp.purify import METHODS, MethodResult
-from onp.run_folder import RunFolder, write_json
+from onp.run_folder import RunFolder
 from onp.units import UnitIndex
 
 LABELS = {

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from agents.ppo import LearningCurve
-from onp.checkpoints import save_weights, write_atomically
+from onp.checkpoints import save_weights, write_atomically, write_json
 from onp.errors import ConfigError
 from onp.inputs import InputConfig
 from onp.masks import KeepMask
 from onp.purify import MethodResult
 from onp.units import UnitIndex
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON, atomically."""
-    text = json.dumps(content, indent=1, default=str) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 class RunFolder:

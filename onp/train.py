@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from onp.checkpoints import save_weights, sha256
+from onp.checkpoints import save_weights, sha256, write_json
 from onp.commands import console, run_command
 from onp.data import labels_of
 from onp.errors import ConfigError
@@ -20,7 +20,7 @@ from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
 from onp.purify import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
-from onp.run_folder import RunFolder, patient, trigger_path, write_json
+from onp.run_folder import RunFolder, patient, trigger_path
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def recover_trigger(
         sizes = tuple(search.sizes.tolist())
         target, limit = int(search.sizes.argmin()), sorted(sizes)[1]
         masks, patterns = [search.masks[target].clone()], [search.patterns[target].clone()]
-        while len(masks) < config.variants:
+        while len(masks) < config.variants and sizes[target] < float("inf"):
             search.restart(target, taken=torch.stack(masks).amax(0) > 0.1)
             search.optimise(torch.tensor([target]), progress)
             if not search.sizes[target] < limit:

@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from by_hand import known_views
 from gymnasium.utils import env_checker
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.env_checker import check_env as sb3_check
@@ -24,7 +25,7 @@ import envs  # noqa: F401 (registers the environment)
 from envs.pruning import LIMIT, PruningEnv, find_clues
 from envs.rewards import TERMS, Clues, Objective
 from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
-from onp.data import DefenceData, Normalisation, random_crop_and_flip
+from onp.data import DefenceData, Normalisation
 from onp.graph import EFFECTS
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger
@@ -62,16 +63,6 @@ class TinyNet(nn.Module):
         x = self.stem_norm(self.stem(x)).relu()
         x = nn.functional.avg_pool2d((x + self.branch_norm(self.branch(x))).relu(), 4)
         return self.out(self.hidden(x.flatten(1)).relu())
-
-
-def known_views(model: nn.Module, data: DefenceData) -> Tensor:
-    """Cropped and flipped images in [0, 1], one by one; where the network misses the label, the image itself."""
-    shown = []
-    for image, view, label in zip(data.images, random_crop_and_flip(data.images, seed=0), data.labels, strict=True):
-        with torch.no_grad():
-            guess = int(model(data.normalise(view.unsqueeze(0))).argmax())
-        shown.append(view if guess == int(label) else image)
-    return torch.stack(shown)
 
 
 class Unlearned(TinyNet):

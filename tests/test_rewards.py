@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import known_views
 from torch import Tensor, nn
 
 from envs.rewards import (
@@ -26,7 +27,7 @@ from envs.rewards import (
     unlearning,
 )
 from onp.config import RewardConfig, TriggerRecoveryConfig
-from onp.data import DefenceData, Normalisation, random_crop_and_flip
+from onp.data import DefenceData, Normalisation
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
@@ -357,16 +358,6 @@ def test_effects_are_the_weighted_slopes_of_the_terms(
         assert bool((effects[name][~mask.keep] == 0).all())
     total = effects["clean_fidelity"] + effects["unlearning"] + effects["trigger_resistance"]
     assert torch.allclose(effects["score"], total, atol=1e-6)
-
-
-def known_views(model: nn.Module, data: DefenceData) -> Tensor:
-    """Cropped and flipped images in [0, 1], one by one; where the network misses the label, the image itself."""
-    shown = []
-    for image, view, label in zip(data.images, random_crop_and_flip(data.images, seed=0), data.labels, strict=True):
-        with torch.no_grad():
-            guess = int(model(data.normalise(view.unsqueeze(0))).argmax())
-        shown.append(view if guess == int(label) else image)
-    return torch.stack(shown)
 
 
 @pytest.mark.parametrize("pruned", [False, True])

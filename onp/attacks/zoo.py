@@ -18,7 +18,7 @@ from onp.attacks.fitting import Fitting, fit
 from onp.attacks.poisoning import ATTACKS, draw_poisoning
 from onp.attacks.recipes import Recipe
 from onp.attacks.triggers import Trigger
-from onp.checkpoints import load_checkpoint, save_weights, write_atomically
+from onp.checkpoints import load_checkpoint, save_weights, write_json
 from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
 from onp.judge import Measurement, measure
@@ -120,14 +120,14 @@ class Zoo:
         with seeded(recipe.seed):
             model = self._build(recipe, images).to(memory_format=torch.channels_last)
             folder = self.root / recipe.folder
-            _write(folder / "recipe.json", _plain(recipe))
+            write_json(folder / "recipe.json", _plain(recipe))
             progress = partial(self.progress, recipe)
             return fit(model, draw, len(labels), recipe, recipe.seed, progress, folder / "progress.pt")
 
     def _finish(self, recipe: Recipe, figures: dict[str, Any]) -> dict[str, Any]:
         folder = self.root / recipe.folder
         record = _plain(recipe) | figures
-        _write(folder / ("refused.json" if "refused" in record else "entry.json"), record)
+        write_json(folder / ("refused.json" if "refused" in record else "entry.json"), record)
         (folder / "progress.pt").unlink(missing_ok=True)
         return record
 
@@ -193,8 +193,3 @@ def _normalisation(recipe: Recipe) -> Normalisation:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON has it."""
     return json.loads(json.dumps(asdict(recipe)))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -29,9 +29,8 @@ from onp.bench.aggregates import (
     summarise,
 )
 from onp.bench.table_plots import draw_ratings, draw_trade
-from onp.checkpoints import write_atomically
+from onp.checkpoints import write_atomically, write_json
 from onp.report import LABELS
-from onp.run_folder import write_json
 
 Lines = tuple[tuple[str, ...], list[list[str]]]
 """a table's heading and rows"""

@@ -37,11 +37,6 @@ WIDTHS: dict[str, tuple[Callable[..., nn.Module], type[int] | type[float], float
 """networks that take a width, as in `cifar_resnet18-w16`: constructor, type and largest value of `width`"""
 
 
-def model_names() -> list[str]:
-    """Every registered name: ours, then torchvision's classifiers."""
-    return [*MODELS, *torchvision.models.list_models(module=torchvision.models)]
-
-
 def build_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
     """Build a registered network, or call `path/to/file.py:function`, without weights.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from onp.models.resnet import ResNet18
 
 
 class PreActBlock(nn.Module):
@@ -26,22 +27,8 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
-class PreActResNet18(nn.Module):
-    """Four stages of two blocks, of `width`, 2 x, 4 x and 8 x as many channels."""
+class PreActResNet18(ResNet18):
+    """ResNet-18 of such blocks."""
 
     def __init__(self, in_channels: int, num_classes: int, width: int = 64) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.layer1 = _stage(width, width, 1)
-        self.layer2 = _stage(width, 2 * width, 2)
-        self.layer3 = _stage(2 * width, 4 * width, 2)
-        self.layer4 = _stage(4 * width, 8 * width, 2)
-        self.linear = nn.Linear(8 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
-
-
-def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(PreActBlock(inputs, outputs, stride), PreActBlock(outputs, outputs, 1))
+        super().__init__(PreActBlock, in_channels, num_classes, width)

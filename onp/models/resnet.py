@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,24 +27,35 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class CifarResNet18(nn.Module):
-    """Four stages of two blocks, of `width`, 2 x, 4 x and 8 x as many channels."""
+class ResNet18(nn.Module):
+    """Stem and four stages of two blocks, of `width`, 2 x, 4 x and 8 x as many channels, then one linear layer."""
 
-    def __init__(self, in_channels: int, num_classes: int, width: int = 64) -> None:
+    def __init__(
+        self, block: Callable[[int, int, int], nn.Module], in_channels: int, num_classes: int, width: int
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = _stage(width, width, 1)
-        self.layer2 = _stage(width, 2 * width, 2)
-        self.layer3 = _stage(2 * width, 4 * width, 2)
-        self.layer4 = _stage(4 * width, 8 * width, 2)
+        self.layer1 = nn.Sequential(block(width, width, 1), block(width, width, 1))
+        self.layer2 = nn.Sequential(block(width, 2 * width, 2), block(2 * width, 2 * width, 1))
+        self.layer3 = nn.Sequential(block(2 * width, 4 * width, 2), block(4 * width, 4 * width, 1))
+        self.layer4 = nn.Sequential(block(4 * width, 8 * width, 2), block(8 * width, 8 * width, 1))
         self.linear = nn.Linear(8 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
 
+    def stem(self, x: Tensor) -> Tensor:
+        """What comes before the first stage."""
+        return self.conv1(x)
 
-def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1))
+
+class CifarResNet18(ResNet18):
+    """With blocks that end in a ReLU, and batch-norm and ReLU behind the stem."""
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 64) -> None:
+        super().__init__(BasicBlock, in_channels, num_classes, width)
+        self.bn1 = nn.BatchNorm2d(width)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
