@@ -45,7 +45,7 @@ class BudgetCallback(BaseCallback):
             used = info["reward_evaluations"]
             if "episode" in info:
                 self.curve.evaluations.append(used)
-                self.curve.returns.append(info["return"])
+                self.curve.returns.append(info.get("return", info["episode"]["r"]))
                 self.logger.record_mean("pruning/units_pruned", info["units_pruned"])
                 for name, value in info["terms"].items():
                     self.logger.record_mean(f"pruning/{name}", value)
@@ -58,13 +58,15 @@ def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir:
     """A fresh PPO agent with a `GraphPolicy` over the environment's graph, on the CPU.
 
     It learns on episodes that may begin along the best ones so far; the returns recorded are those of whole episodes.
+    With a `config.restart_fraction` of 0 it is plain PPO on the environment as it is.
     With `config.n_envs` above 1, twins of the environment advance together.
     """
 
     def training_env(number: int) -> gym.Env[Any, Any]:
         twin = env.unwrapped.twin() if number else env  # type: ignore[attr-defined]
-        restarts = ReturnToBest(twin, config.restart_fraction, config.elites, config.patience, seed + number)
-        return Monitor(restarts)
+        if config.restart_fraction > 0:
+            twin = ReturnToBest(twin, config.restart_fraction, config.elites, config.patience, seed + number)
+        return Monitor(twin)
 
     return PPO(
         GraphPolicy,
@@ -91,13 +93,13 @@ def train_agent(agent: PPO, config: AgentConfig, budget: int, progress: Progress
     return callback.curve
 
 
-def roll_out(agent: PPO, env: gym.Env[Any, Any]) -> float:
-    """One episode of the deterministic policy; returns the potential gained."""
-    observation, _ = env.reset()
+def roll_out(agent: PPO, env: gym.Env[Any, Any], budget: float = float("inf")) -> float:
+    """One episode of the deterministic policy, while the budget lasts; returns the potential gained."""
+    observation, info = env.reset()
     done, total = False, 0.0
-    while not done:
+    while not done and info["reward_evaluations"] < budget - 1:  # a step costs a mask and perhaps a sensitivity pass
         with torch.no_grad():
             action, _ = agent.predict(observation, deterministic=True)
-        observation, reward, terminated, truncated, _ = env.step(action)
+        observation, reward, terminated, truncated, info = env.step(action)
         done, total = terminated or truncated, total + float(reward)
     return total

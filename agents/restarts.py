@@ -1,4 +1,4 @@
-"""Return, then explore: training episodes that begin part of the way along the best ones so far, and end in time."""
+"""Return, then explore: training episodes that begin along the best ones so far, end in time, and repeat no mistake."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 
 
 class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
-    """Begin a fraction of the episodes at a random point of one of the best action sequences (Ecoffet et al. 2021).
+    """Begin a fraction of the episodes near the end of one of the best action sequences (Ecoffet et al. 2021).
 
-    The sequence is replayed, so the environment has to be deterministic; where it answers masks from memory, that costs
-    no reward evaluation. A sequence ends where its return was highest, and never ends its episode. An episode is
-    truncated when `patience` steps in a row have not raised its best return: what is left of the budget is better spent
-    elsewhere.
+    Half of the time at its end, a quarter of the time a step before, and so on. The sequence is replayed, so the
+    environment has to be deterministic; where it answers masks from memory, that costs no reward evaluation. A sequence
+    ends where its return was highest, and never ends its episode. An episode is truncated when `patience` steps in a
+    row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason an
+    action that earned nothing is invalid where it was taken, until no other is left: the environment would only answer
+    from memory, and a policy that has settled would never use up its budget.
     """
 
     def __init__(self, env: gym.Env[Any, np.int64], fraction: float, elites: int, patience: int, seed: int) -> None:
@@ -23,6 +25,9 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self.generator = np.random.default_rng(seed)
         self.best: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
         """return and actions of the best sequences, one for each set of actions"""
+        self.fruitless: dict[bytes, set[int]] = {}
+        """by the units kept, the actions that earned nothing there"""
+        self._kept = b""
         self._actions: tuple[int, ...] = ()
         self._return = self._highest = 0.0
         self._idle = 0
@@ -31,16 +36,22 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         """Reset, and perhaps replay; `seed` and `options` go to the environment."""
         observation, info = self.env.reset(seed=seed, options=options)
         self._actions, self._return, self._highest, self._idle = (), 0.0, 0.0, 0
+        observation = self._without_fruitless(observation)
         if self.best and self.generator.random() < self.fraction:
             _, actions = list(self.best.values())[self.generator.integers(len(self.best))]
-            for action in actions[: self.generator.integers(len(actions) + 1)]:
+            undone = min(int(self.generator.geometric(0.5)) - 1, len(actions))
+            for action in actions[: len(actions) - undone]:
                 observation, _, _, _, info = self.step(np.int64(action))
             self._highest, self._idle = self._return, 0
         return observation, info
 
     def step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and remember the sequence where it is among the best; `info["return"]` counts what was replayed too."""
+        kept = self._kept
         observation, reward, terminated, truncated, info = self.env.step(action)
+        if float(reward) <= 0:
+            self.fruitless.setdefault(kept, set()).add(int(action))
+        observation = self._without_fruitless(observation)
         self._actions, self._return = (*self._actions, int(action)), self._return + float(reward)
         if not (terminated or truncated):
             self._remember()
@@ -48,6 +59,12 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self._highest = max(self._highest, self._return)
         info = {**info, "return": self._return}
         return observation, reward, terminated, truncated or self._idle >= self.patience, info
+
+    def _without_fruitless(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._kept = observation["kept"].tobytes()
+        left = observation["action_mask"].copy()
+        left[list(self.fruitless.get(self._kept, ()))] = 0
+        return {**observation, "action_mask": left} if left.any() else observation
 
     def _remember(self) -> None:
         key = frozenset(self._actions)

@@ -29,7 +29,7 @@ def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress
     for unit in ranked_units(env):
         if env.reward_evaluations >= budget:
             break
-        mask = env.after(mask, unit)
+        mask = env.after(mask, unit, env.effects["score"])
         env.objective.score(mask)
         progress(env.reward_evaluations, budget)
 
@@ -45,7 +45,7 @@ def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
         effects = env.objective.effects(mask)["score"]
         totals, valid = env.actions.totals(mask, effects), env.actions.valid(mask)[:-1]
         order = totals.masked_fill(~valid, -torch.inf).argsort(descending=True, stable=True)[: int(valid.sum())]
-        trials = [env.after(mask, action) for action in order[:width].tolist()]
+        trials = [env.after(mask, action, effects) for action in order[:width].tolist()]
         for trial in trials[: budget - env.reward_evaluations]:
             env.objective.score(trial)
             progress(env.reward_evaluations, budget)
@@ -62,7 +62,8 @@ def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
         for _ in range(env.config.max_steps):
             if env.reward_evaluations >= budget or mask.units_pruned == len(env.index):
                 break
-            mask = env.after(mask, int(generator.choice(mask.keep.nonzero().flatten().numpy())))
+            unit = int(generator.choice(mask.keep.nonzero().flatten().numpy()))
+            mask = env.after(mask, unit, env.effects["score"])
             env.objective.score(mask)
             progress(env.reward_evaluations, budget)
         idle = idle + 1 if env.reward_evaluations == before else 0

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from baselines_rnp.unlearn import unlearn
@@ -51,8 +51,11 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     |---------------|----------------------|---------------------------------------------------------------------|
     | `kept`        | `MultiBinary(N)`     | 1 where a unit is kept                                              |
     | `action_mask` | `MultiBinary(N+B+1)` | 1 where an action is valid; stopping always is                      |
-    | `effects`     | `Box(N + B)`         | estimated change of the potential if the action were taken next     |
+    | `effects`     | `Box(N + B)`         | estimated change of the potential by the action (see below)         |
     | `progress`    | `Box(2)`             | fraction of the steps that is left; potential gained since the start |
+
+    Effects are estimated at the episode's best mask so far, and it is by those that a bulk chooses its units. So a step
+    that gains nothing costs one reward evaluation and not two; where the current mask is not the best, they are hints.
 
     ## Reward
     The change of the potential, a weighted sum of the terms in `envs.rewards` (weights: `EnvConfig.reward`), so that
@@ -112,7 +115,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             }
         )
         self.action_space = spaces.Discrete(choices)
-        self.mask = self.objective.all_kept
+        self.mask = self.best = self.objective.all_kept
         self.initial_score = self.score = self.objective.score(self.mask)
         self.steps = self.invalid_actions = 0
 
@@ -135,7 +138,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Keep every unit again."""
         super().reset(seed=seed)
-        self.mask, self.score = self.objective.all_kept, self.initial_score
+        self.mask = self.best = self.objective.all_kept
+        self.score = self.initial_score
         self.steps = self.invalid_actions = 0
         return self._observation(), self._info()
 
@@ -146,23 +150,27 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.steps += 1
         stopped = action == self.actions.stop
         if not stopped and bool(self.actions.valid(self.mask)[action]):
-            self.mask = self.after(self.mask, action)
+            self.mask = self.after(self.mask, action, self._effects())
             self.score = self.objective.score(self.mask)
+            if self.score.potential > self.objective.score(self.best).potential:
+                self.best = self.mask
         elif not stopped:
             self.invalid_actions += 1
         terminated = stopped or self.steps >= self.config.max_steps
         return self._observation(), self.score.potential - before, terminated, False, self._info()
 
-    def after(self, mask: KeepMask, action: int) -> KeepMask:
-        """`mask` without the units that a valid `action` prunes; only a bulk has to know the effects at `mask`."""
-        single = action < len(self.index)
-        effects = self.effects if single else self.objective.effects(mask)
-        return mask.without(self.actions.units(action, mask, effects["score"]))
+    def after(self, mask: KeepMask, action: int, effects: Tensor) -> KeepMask:
+        """`mask` without the units that a valid `action` prunes; a bulk chooses them by their `effects`, (N,)."""
+        return mask.without(self.actions.units(action, mask, effects))
+
+    def _effects(self) -> Tensor:
+        """Those of the best mask so far, (N,); 0 for units that the mask prunes."""
+        return self.objective.effects(self.best)["score"] * self.mask.keep
 
     def _observation(self) -> Observation:
         left = 1 - self.steps / self.config.max_steps
         gained = self.score.potential - self.initial_score.potential
-        effects = self.actions.totals(self.mask, self.objective.effects(self.mask)["score"])
+        effects = self.actions.totals(self.mask, self._effects())
         return {
             "kept": self.mask.keep.numpy().astype(np.int8),
             "action_mask": self.actions.valid(self.mask).numpy().astype(np.int8),

@@ -76,13 +76,13 @@ def trigger_resistance(outputs: Outputs) -> Tensor:
     """Minus the log-odds of the recovered trigger's success, times the trust in it.
 
     Success is the mean probability of its class. Log-odds tell 99 % from 99.9 %, so that every unit that carries a part
-    of the backdoor shows while the rest of it still works. Below 0.0005 the trigger has nothing left to tell.
+    of the backdoor shows while the rest of it still works. Below 0.001 the trigger has nothing left to tell.
     Backdoors at positions that clean images leave silent show nowhere else.
     """
     log_p = outputs.triggered.log_softmax(1)
     others = torch.arange(log_p.shape[1], device=log_p.device) != outputs.target
     log_odds = log_p[:, outputs.target].logsumexp(0) - log_p[:, others].flatten().logsumexp(0)
-    return -outputs.trust * log_odds.clamp(min=math.log(5e-4 / (1 - 5e-4)))
+    return -outputs.trust * log_odds.clamp(min=math.log(1e-3 / (1 - 1e-3)))
 
 
 TERMS: dict[str, Callable[[Outputs], Tensor]] = {
@@ -198,7 +198,7 @@ def _views(model: nn.Module, data: DefenceData) -> Tensor:
 
     Where it does not, the view is none that it is made for (a mirrored digit), and the image stays as it is.
     """
-    views = data.normalise(random_crop_and_flip(data.images, seed=0))
+    views = data.normalise(random_crop_and_flip(data.images, seed=0, part=16))
     with torch.no_grad():
         right = torch.cat([model.eval()(part).argmax(1) for part in views.split(100)]) == data.labels
     return torch.where(right.view(-1, 1, 1, 1), views, data.inputs)

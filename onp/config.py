@@ -61,9 +61,9 @@ class RewardConfig:
 
     clean_accuracy: float = 1.0
     """weight of clean accuracy, per accuracy fraction"""
-    clean_fidelity: float = 16.0
+    clean_fidelity: float = 12.0
     """weight of minus the KL divergence of clean outputs from the original's, per nat"""
-    unlearning: float = 1.0
+    unlearning: float = 1.5
     """weight of minus the log cross-entropy of the unlearned copy under the same mask; a tenth counts where the
     recovered trigger can be trusted"""
     trigger_resistance: float = 0.3
@@ -136,10 +136,10 @@ class AgentConfig:
     ent_coef: float = 0.01
     """weight of the entropy bonus"""
     restart_fraction: float = 0.8
-    """fraction of the training episodes that begin at a random point of one of the best ones so far"""
+    """fraction of the training episodes that begin along one of the best ones so far; 0 is plain PPO"""
     elites: int = 4
     """best episodes to begin from"""
-    patience: int = 3
+    patience: int = 2
     """steps without a new best return that end a training episode"""
     steps_per_evaluation: int = 6
     """environment steps at the most per reward evaluation of the budget (masks seen before cost no evaluation)"""

@@ -293,12 +293,12 @@ def class_count(dataset: ImageDataset) -> int:
     return len(classes) if classes else max(labels_of(dataset)) + 1
 
 
-def random_crop_and_flip(images: Tensor, seed: int) -> Tensor:
-    """Zero-pad by an eighth of the height (4 at 32 pixels), crop at random and flip half of the images.
+def random_crop_and_flip(images: Tensor, seed: int, part: int = 8) -> Tensor:
+    """Zero-pad by 1/`part` of the height (4 of 32 pixels), crop at random and flip half of the images.
 
     `images` has shape (n, channels, height, width); every image draws its own crop and flip.
     """
-    padding = images.shape[2] // 8
+    padding = images.shape[2] // part
     crop = transforms.Compose(
         [transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip()]
     )

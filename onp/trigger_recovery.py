@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 
+LEAST_TRUST = 0.5
+"""trust from which a recovered trigger counts as evidence: the runner-up's mask is half as large again"""
+
 
 @dataclass(frozen=True, eq=False)
 class RecoveredTrigger:
@@ -32,15 +35,24 @@ class RecoveredTrigger:
     """per class, the sum of its smallest mask, in pixels; infinite where no mask worked"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1]."""
+        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], with masks doubled.
+
+        A recovered mask is the least that works, and fails as soon as the network changes; an attacker's does not.
+        """
         turn = torch.arange(len(images), device=images.device) % len(self.masks)
-        return (1 - self.masks[turn]) * images + self.masks[turn] * self.patterns[turn]
+        masks = (2 * self.masks[turn]).clamp(max=1)
+        return (1 - masks) * images + masks * self.patterns[turn]
 
     @property
     def trust(self) -> float:
         """How far the smallest mask stands out: 0 if the runner-up's is as small, 1 from twice its size on."""
         first, second = sorted(self.sizes)[:2]
         return min(max(second / first - 1, 0.0), 1.0) if first < float("inf") else 0.0
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether it speaks for a backdoor."""
+        return self.trust >= LEAST_TRUST
 
 
 def recover_trigger(

@@ -320,12 +320,13 @@ def _window(image: Tensor, output: Tensor, padding: int) -> tuple[int, int, bool
     return places[0]
 
 
-def test_random_crop_and_flip_crops_and_flips_only() -> None:
+@pytest.mark.parametrize(("settings", "padding"), [({}, 2), ({"part": 8}, 2), ({"part": 16}, 1), ({"part": 5}, 3)])
+def test_random_crop_and_flip_crops_and_flips_only(settings: dict[str, int], padding: int) -> None:
     images = torch.arange(1.0, 60 * 2 * 16 * 16 + 1).view(60, 2, 16, 16) / 40000
-    outputs = random_crop_and_flip(images, seed=0)
-    places = [_window(image, output, padding=2) for image, output in zip(images, outputs, strict=True)]
+    outputs = random_crop_and_flip(images, seed=0, **settings)
+    places = [_window(image, output, padding) for image, output in zip(images, outputs, strict=True)]
     tops, lefts, mirrored = (Counter(values) for values in zip(*places, strict=True))
-    assert set(tops) == set(lefts) == {0, 1, 2, 3, 4}
+    assert set(tops) == set(lefts) == set(range(2 * padding + 1))
     assert 15 <= mirrored[True] <= 45
     assert any(top != left for top, left, _ in places), "rows and columns are drawn apart"
 

@@ -1,7 +1,8 @@
-"""Episodes that begin along the best ones so far."""
+"""Episodes that begin along the best ones so far, and do not repeat what earned nothing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import gymnasium as gym
@@ -16,14 +17,19 @@ WORTH = (0.0, 2.0, -1.0, 4.0)
 STEPS = 3
 
 
-class Picks(gym.Env[np.ndarray, np.int64]):
-    """Pick numbers; each is worth what `WORTH` says; `steps` picks make an episode. Shows what was picked."""
+class Picks(gym.Env[dict[str, np.ndarray], np.int64]):
+    """Pick numbers; each is worth what `WORTH` says; `steps` picks make an episode.
+
+    1, 2 and 3 are kept until they are picked, and valid as long; 0 changes nothing and always is. What is invalid may
+    be picked all the same.
+    """
 
     action_space = spaces.Discrete(len(WORTH))
 
     def __init__(self, steps: int = STEPS) -> None:
         self.steps = steps
-        self.observation_space = spaces.Box(-1, 3, (steps,), np.float32)
+        kept, left = spaces.MultiBinary(len(WORTH) - 1), spaces.MultiBinary(len(WORTH))
+        self.observation_space = spaces.Dict({"kept": kept, "action_mask": left})
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -35,8 +41,13 @@ class Picks(gym.Env[np.ndarray, np.int64]):
         self.picked.append(int(action))
         return self.observe(), WORTH[int(action)], len(self.picked) == self.steps, False, {"picked": list(self.picked)}
 
-    def observe(self) -> np.ndarray:
-        return np.array(self.picked + [-1] * (self.steps - len(self.picked)), dtype=np.float32)
+    def observe(self) -> dict[str, np.ndarray]:
+        kept = kept_after(self.picked)
+        return {"kept": np.array(kept, dtype=np.int8), "action_mask": np.array([1, *kept], dtype=np.int8)}
+
+
+def kept_after(picked: list[int]) -> list[int]:
+    return [int(number not in picked) for number in (1, 2, 3)]
 
 
 def play(env: gym.Env[Any, np.int64], *actions: int) -> list[tuple[float, bool, bool]]:
@@ -64,16 +75,27 @@ def test_only_the_best_are_remembered_and_an_order_once() -> None:
     assert sorted(env.best.values()) == [(4.0, (3,)), (6.0, (1, 3))]
 
 
-def test_episodes_begin_at_every_point_of_a_best_sequence() -> None:
-    env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
-    play(env, 1, 3, 0)
+def test_episodes_begin_near_the_end_of_a_best_sequence() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=1, patience=9, seed=0)
+    play(env, 1, 3, 1, 3)
     env.fraction = 1.0
-    starts = []
-    for _ in range(60):
+    starts = Counter[tuple[int, ...]]()
+    for _ in range(3200):
         observation, info = env.reset()
-        starts.append(tuple(info["picked"]))
-        assert observation.tolist() == [*info["picked"], *[-1] * (STEPS - len(info["picked"]))]
-    assert set(starts) == {(), (1,), (1, 3)}
+        starts[tuple(info["picked"])] += 1
+        assert observation["kept"].tolist() == kept_after(info["picked"])
+    # Every step back is half as likely as the one before; what is left over begins at the start.
+    expected = {(1, 3, 1, 3): 1600, (1, 3, 1): 800, (1, 3): 400, (1,): 200, (): 200}
+    assert starts == pytest.approx(expected, abs=75)
+
+
+def test_episodes_begin_along_any_of_the_best_sequences() -> None:
+    env = ReturnToBest(Picks(2), fraction=0.0, elites=2, patience=9, seed=0)
+    play(env, 1, 0)
+    play(env, 3, 0)
+    env.fraction = 1.0
+    starts = Counter(tuple(env.reset()[1]["picked"]) for _ in range(1600))
+    assert starts == pytest.approx({(1,): 400, (3,): 400, (): 800}, abs=75)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
@@ -81,14 +103,65 @@ def test_the_fraction_is_kept(fraction: float) -> None:
     env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
     play(env, 1, 3, 0)
     env.fraction = fraction
-    along = sum(bool(env.reset()[1]["picked"]) for _ in range(600))
-    assert along == pytest.approx(600 * fraction * 2 / 3, abs=45)  # a third of the replays has length 0
+    along = sum(bool(env.reset()[1]["picked"]) for _ in range(1600))
+    assert along == pytest.approx(1600 * fraction * 3 / 4, abs=60)  # a quarter of the replays has length 0
 
 
 def test_options_reach_the_environment() -> None:
     env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
     env.reset(options={"a": 1})
     assert env.unwrapped.options == {"a": 1}  # type: ignore[attr-defined]
+
+
+# --- what earned nothing --------------------------------------------------------------------------------
+
+
+def left(env: gym.Env[Any, np.int64], *actions: int) -> list[list[int]]:
+    """The actions that an episode shows as valid, at its start and after each of `actions`."""
+    seen = [env.reset()[0], *(env.step(np.int64(action))[0] for action in actions)]
+    assert all(env.observation_space.contains(observation) for observation in seen)
+    return [np.flatnonzero(observation["action_mask"]).tolist() for observation in seen]
+
+
+def test_an_action_that_earned_nothing_is_invalid_where_it_was_taken_and_only_there() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=1, patience=9, seed=0)
+    assert left(env, 2) == [[0, 1, 2, 3], [0, 1, 3]]  # 2 costs 1
+    assert left(env, 1, 0, 3) == [[0, 1, 3], [0, 2, 3], [2, 3], [0, 2]]  # 0 is worth 0; it is left where 3 went too
+    assert left(env, 3, 1, 2) == [[0, 1, 3], [0, 1, 2], [0, 2], [0]]  # 2 has not been tried behind 3
+    assert left(env, 1, 3) == [[0, 1, 3], [2, 3], [0]]  # in another order, the same is kept
+    assert left(ReturnToBest(Picks(9), 0.0, 1, 9, 0)) == [[0, 1, 2, 3]]
+
+
+def test_actions_that_gained_stay_valid() -> None:
+    env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
+    for _ in range(3):
+        assert left(env, 3, 1) == [[0, 1, 2, 3], [0, 1, 2], [0, 2]]
+
+
+def test_where_every_action_earned_nothing_the_valid_ones_come_back() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=1, patience=9, seed=0)
+    assert left(env, 1, 3, 0)[-1] == [2]
+    assert left(env, 1, 3, 2)[2:] == [[2], [0]]
+    for _ in range(2):
+        assert left(env, 1, 3, 0)[2:] == [[0, 2], [0, 2]]  # neither 1 nor 3, which are invalid there
+    assert left(env, 1)[-1] == [0, 2, 3]
+
+
+def test_a_start_along_a_best_sequence_shows_what_earned_nothing_there() -> None:
+    env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
+    play(env, 1, 3, 0)
+    play(env, 1, 2, 0)
+    play(env, 0)
+    env.fraction, shown = 1.0, dict[tuple[int, ...], list[int]]()
+    for _ in range(40):
+        observation, info = env.reset()
+        shown[tuple(info["picked"])] = np.flatnonzero(observation["action_mask"]).tolist()
+    assert shown == {(): [1, 2, 3], (1,): [0, 3], (1, 3): [2]}
+
+
+def test_the_last_action_of_an_episode_counts_too() -> None:
+    env = ReturnToBest(Picks(1), fraction=0.0, elites=1, patience=9, seed=0)
+    assert [left(env, action)[0] for action in (2, 0, 1, 3)] == [[0, 1, 2, 3], [0, 1, 3], [1, 3], [1, 3]]
 
 
 # --- patience and returns -------------------------------------------------------------------------------

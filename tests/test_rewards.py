@@ -105,7 +105,7 @@ def test_trigger_resistance_is_minus_the_log_odds_of_success_times_trust() -> No
 
 @pytest.mark.parametrize(
     ("success", "odds"),
-    [(0.99, 99), (0.999, 999), (0.0006, 3 / 4997), (0.0005, 1 / 1999), (0.0004, 1 / 1999), (0.00001, 1 / 1999)],
+    [(0.99, 99), (0.999, 999), (0.002, 1 / 499), (0.001, 1 / 999), (0.0009, 1 / 999), (0.00001, 1 / 999)],
 )
 def test_trigger_resistance_tells_high_successes_apart_and_low_ones_not(success: float, odds: float) -> None:
     rest = (1 - success) / 2
@@ -117,7 +117,7 @@ def test_trigger_resistance_tells_high_successes_apart_and_low_ones_not(success:
 def test_trigger_resistance_stays_finite_where_probabilities_underflow() -> None:
     sure = torch.tensor([[0.0, 0.0, 200.0], [0.0, 0.0, 200.0]])  # 2 e^-200 against 1
     assert float(trigger_resistance(outputs(triggered=sure))) == pytest.approx(-0.5 * (200 - math.log(2)), rel=1e-5)
-    assert float(trigger_resistance(outputs(triggered=-sure))) == pytest.approx(0.5 * math.log(1999), abs=1e-5)
+    assert float(trigger_resistance(outputs(triggered=-sure))) == pytest.approx(0.5 * math.log(999), abs=1e-5)
 
 
 def test_terms_carry_the_names_of_their_weights() -> None:
@@ -144,15 +144,15 @@ def test_trust_grows_with_the_distance_to_the_runner_up(sizes: tuple[float, ...]
     assert found.trust == pytest.approx(trust, abs=1e-9)
 
 
-def test_a_recovered_trigger_blends_by_its_mask() -> None:
-    mask, pattern = torch.tensor([[[[0.0, 0.25], [1.0, 0.5]]]]), torch.tensor([[[[1.0, 1.0], [0.3, 0.0]]]])
+def test_a_recovered_trigger_blends_by_twice_its_mask() -> None:
+    mask, pattern = torch.tensor([[[[0.0, 0.25], [0.75, 0.4]]]]), torch.tensor([[[[1.0, 1.0], [0.3, 0.0]]]])
     shown = RecoveredTrigger(0, mask, pattern, (1.0, 2.0))(torch.full((3, 1, 2, 2), 0.4))
     assert shown.shape == (3, 1, 2, 2)
-    assert torch.allclose(shown, torch.tensor([[[0.4, 0.55], [0.3, 0.2]]]).expand(3, 1, 2, 2))
+    assert torch.allclose(shown, torch.tensor([[[0.4, 0.7], [0.3, 0.08]]]).expand(3, 1, 2, 2))
 
 
 def test_variants_of_a_recovered_trigger_take_turns() -> None:
-    masks = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.5]]]])
+    masks = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.25]]]])  # shown doubled, but never above 1
     patterns = torch.tensor([[[[1.0, 9.0]], [[0.5, 9.0]]], [[[9.0, 0.0]], [[9.0, 0.8]]]])  # two colours
     shown = RecoveredTrigger(0, masks, patterns, (1.0, 2.0))(torch.full((5, 2, 1, 2), 0.4))
     first, second = torch.tensor([[[1.0, 0.4]], [[0.5, 0.4]]]), torch.tensor([[[0.4, 0.2]], [[0.4, 0.6]]])
@@ -358,6 +358,31 @@ def test_effects_are_the_weighted_slopes_of_the_terms(
         assert bool((effects[name][~mask.keep] == 0).all())
     total = effects["clean_fidelity"] + effects["unlearning"] + effects["trigger_resistance"]
     assert torch.allclose(effects["score"], total, atol=1e-6)
+
+
+def test_clean_terms_see_images_shifted_by_a_sixteenth_and_flipped_where_the_network_knows_the_views() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    with torch.no_grad():  # says 1 whatever it sees
+        net[3].weight.zero_()
+        net[3].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    data = DefenceData(torch.rand(60, 1, 16, 16), torch.arange(60) % 3, 3)
+    trigger = RecoveredTrigger(1, torch.zeros(1, 1, 16, 16), torch.ones(1, 1, 16, 16), (4.0, 8.0, 9.0))
+    objective = Objective(net, Clues(copy.deepcopy(net), trigger), index_units(net, (1, 16, 16)), data, WEIGHTS)
+    places = set()
+    for image, label, seen in zip(data.images, data.labels, objective.engines["pruned"].inputs, strict=True):
+        if int(label) != 1:
+            assert torch.equal(seen, image)
+            continue
+        padded = nn.functional.pad(image, (1, 1, 1, 1))  # a pixel of 16
+        windows = {
+            (top, left, axes): padded[:, top : top + 16, left : left + 16].flip(axes)
+            for top, left, axes in itertools.product(range(3), range(3), ((), (2,)))
+        }
+        (place,) = (place for place, window in windows.items() if torch.equal(seen, window))
+        places.add(place)
+    tops, lefts, axes = (set(values) for values in zip(*places, strict=True))
+    assert tops == lefts == {0, 1, 2} and axes == {(), (2,)}
 
 
 @pytest.mark.parametrize("pruned", [False, True])
