@@ -35,6 +35,7 @@ METHODS = ("rnp", "random", "ranked", "greedy", "onp")
 """defences, in the order of the table"""
 Progress = Callable[[str, int, int], None]
 """called with a method, reward evaluations used, and the budget"""
+NO_EVIDENCE = "no evidence of a backdoor: left alone (--always prunes regardless)"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class PurifyConfig:
     """reward evaluations for each of random, ranked, greedy and onp: distinct masks scored, and sensitivity passes"""
     finalists: int = 16
     """best masks on the search half of the defence data that compete on the held-out half for being the final one"""
+    always: bool = False
+    """prune even where no evidence of a backdoor is found: no class whose recovered trigger is far smaller than all
+    others"""
     policy: Path | None = None
     """policy.safetensors of another run, of any network, for the agent to start from"""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -104,10 +108,13 @@ class Purification:
         return clues, time.perf_counter() - start
 
     def run(self, method: str, progress: Progress = lambda method, used, budget: None) -> MethodResult:
-        """Run one of `METHODS`."""
+        """Run one of `METHODS`. Where nothing speaks for a backdoor, ONP keeps every unit and no other is run."""
+        clues, shared_seconds = self.timed_clues
+        if not (self.config.always or clues.trigger.is_evidence):
+            mask = KeepMask.all_kept(self.index) if method == "onp" else None
+            return MethodResult(method, mask, seconds=shared_seconds, note=NO_EVIDENCE)
         if method == "rnp":
             return self._run_rnp()
-        clues, shared_seconds = self.timed_clues
         start = time.perf_counter()
         env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index, cache=self.cache)
         report = partial(progress, method)
@@ -125,11 +132,9 @@ class Purification:
         agent = build_agent(env, config.agent, config.seed, self.log_dir)
         if config.policy is not None:
             load_checkpoint(agent.policy, config.policy)
-        # A step costs a mask and a sensitivity pass; the last episode, the learned policy's own, is paid in advance.
-        curve = train_agent(
-            agent, config.agent, config.budget - 2 * (config.env.max_steps + config.agent.n_envs), report
-        )
-        roll_out(agent, env)
+        # A step may cost a mask and a sensitivity pass; a part is left for an episode of the learned policy's own.
+        curve = train_agent(agent, config.agent, config.budget - config.env.max_steps - config.agent.n_envs, report)
+        roll_out(agent, env, config.budget)
         return curve, agent
 
     def _run_rnp(self) -> MethodResult:
@@ -187,7 +192,10 @@ class Purified:
 
 
 def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = None) -> Purified:
-    """Purify `model` (left as it is) by ONP, from clean images alone."""
+    """Purify `model` (left as it is) by ONP, from clean images alone.
+
+    Where nothing speaks for a backdoor, nothing is pruned, unless `config.always` says so.
+    """
     purification = Purification(copy.deepcopy(model), data, config or PurifyConfig())
     result = purification.run("onp")
     assert result.mask is not None

@@ -35,6 +35,7 @@ LABELS = {
     "ranked": "one-shot ranking",
     "greedy": "greedy search",
     "onp": "ONP",
+    "onp_gated": "ONP, gated",
 }
 _PATH_POINTS = 17
 _PATH_IMAGES = 1000

@@ -6,8 +6,9 @@ import copy
 import json
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -21,6 +22,7 @@ from onp.masks import apply_mask
 from onp.purify import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
+from onp.trigger_recovery import LEAST_TRUST
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,18 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
     )
     with Progress(*columns, console=console) as progress:
         pending = [method for method in METHODS if not folder.has(method)]
-        if any(method != "rnp" for method in pending):
+        if pending:
             task = progress.add_task("finding clues", total=1)
             trigger = purification.timed_clues[0].trigger
-            write_json(
-                folder.file("clues.json"),
-                {
-                    "suspect_class": trigger.target,
-                    "trust": trigger.trust,
-                    "trigger_sizes": [size if isfinite(size) else None for size in trigger.sizes],
-                },
-            )
+            clues = {
+                "evidence": trigger.is_evidence,
+                "suspect_class": trigger.target,
+                "trust": trigger.trust,
+                "trigger_sizes": [size if isfinite(size) else None for size in trigger.sizes],
+            }
+            write_json(folder.file("clues.json"), clues)
             progress.update(task, completed=1)
+            console.print(_verdict(clues), soft_wrap=True)
         for method in pending:
             total = 1 if method == "rnp" else purification.config.budget
             task = progress.add_task(LABELS[method].partition(",")[0], total=total)
@@ -119,6 +121,15 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
     purified = copy.deepcopy(purification.model)
     apply_mask(purified, result.mask)
     save_weights(purified, folder.file("purified.safetensors"))
+
+
+def _verdict(clues: dict[str, Any]) -> str:
+    first, second = sorted(size if size is not None else inf for size in clues["trigger_sizes"])[:2]
+    found = "Evidence" if clues["evidence"] else "No evidence"
+    return (
+        f"{found} of a backdoor: the smallest recovered trigger, to class {clues['suspect_class']}, covers {first:.1f} "
+        f"pixels, that of the next class {second:.1f} (trust {clues['trust']:.2f}; evidence from {LEAST_TRUST})."
+    )
 
 
 def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: int) -> None:
@@ -139,6 +150,7 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
         "test_images": len(labels),
         "triggered_images": sum(label != target for label in labels) if target is not None else 0,
         "units": len(purification.index),
+        "evidence_of_a_backdoor": clues["evidence"],
         "suspect_class": clues["suspect_class"],
         "trust_in_suspect_class": clues["trust"],
         "seed": config.seed,
@@ -151,6 +163,7 @@ def _show(folder: RunFolder) -> None:
     report = json.loads(folder.file("report.json").read_text())
     rows = [Row(**row) for row in report["rows"]]
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
+    console.print(_verdict(json.loads(folder.file("clues.json").read_text())), soft_wrap=True)
     for row in rows:
         if row.note:
             console.print(f"  {LABELS[row.method]}: {row.note}", style="dim", highlight=False)

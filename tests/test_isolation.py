@@ -30,7 +30,7 @@ torch.manual_seed(0)
 network = runpy.run_path("network.py")["tiny"]()
 data = DefenceData(torch.rand(12, 3, 8, 8), torch.arange(12) % 3, 3)
 env = EnvConfig(max_steps=2, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
-config = PurifyConfig(budget=24, env=env)
+config = PurifyConfig(budget=24, env=env, always=True)
 report("result", purify(network, data, config).results["onp"].reward_evaluations)
 report("results", [Purification(network, data, config).run(method).reward_evaluations for method in METHODS])
 """

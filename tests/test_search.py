@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from agents.policy import GraphPolicy
 from agents.ppo import build_agent, roll_out, train_agent
 from agents.search import SEARCHES, greedy_search, one_shot_ranking, random_search, ranked_units
 from baselines_rnp.recover import RecoverConfig
@@ -147,6 +150,45 @@ def test_ppo_stays_within_the_budget(make_env: Callable[..., PruningEnv], budget
     assert len(curve.evaluations) == len(curve.returns) > 0
     assert curve.evaluations == sorted(curve.evaluations)
     assert curve.evaluations[-1] <= budget + 1
+
+
+def test_ppo_never_takes_a_fruitless_action_twice_at_a_mask(
+    make_env: Callable[..., PruningEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units are worth what they are worth at any mask, and there always is one left that was not tried."""
+    chosen = Counter[tuple[bytes, int]]()
+    forward = GraphPolicy.forward
+
+    def watched(self: GraphPolicy, observation: dict[str, Tensor], deterministic: bool = False) -> Any:
+        actions, *rest = forward(self, observation, deterministic)
+        chosen[observation["kept"].numpy().tobytes(), int(actions)] += 1
+        return actions, *rest
+
+    monkeypatch.setattr(GraphPolicy, "forward", watched)
+    env, config = make_env(), AgentConfig(n_steps=16, batch_size=8, n_epochs=1)
+    train_agent(build_agent(env, config, seed=0), config, 60, ignore)
+    assert {count for (_, action), count in chosen.items() if action not in WORTH} == {1}
+    assert max(chosen.values()) > 3  # what gained is taken again
+
+
+@pytest.mark.parametrize(
+    ("budget", "gained", "used"),
+    [(4, 0, 3), (5, 2, 5), (6, 2, 5), (7, 1, 6), (8, 4, 8), (9, 4, 8), (10, 5, 10), (math.inf, 5, 10)],
+)
+def test_an_episode_of_the_learned_policy_stops_before_the_budget(
+    make_env: Callable[..., PruningEnv], budget: float, gained: float, used: int
+) -> None:
+    """Construction takes 3; units 2, 9 and 7 gain 2, 3 and 1 for 2 evaluations each, and 5 loses 1 for one."""
+    env, actions = make_env(), iter((2, 5, 9, 7))
+
+    class Scripted:
+        def predict(self, observation: Any, deterministic: bool) -> tuple[int, None]:
+            assert deterministic
+            return next(actions), None
+
+    agent: Any = Scripted()
+    assert roll_out(agent, env, budget) == gained
+    assert env.reward_evaluations == used
 
 
 def test_ppo_ends_where_masks_repeat(make_env: Callable[..., PruningEnv]) -> None:
@@ -309,6 +351,7 @@ def test_choose_mask(make_env: Callable[..., PruningEnv], case: str) -> None:
 
 QUICK = PurifyConfig(
     budget=30,
+    always=True,
     finalists=4,
     env=EnvConfig(
         4,
@@ -368,8 +411,8 @@ def test_methods_stay_within_the_budget(method: str, budget: int, data: DefenceD
     assert result.reward_evaluations <= budget
     if method == "onp":
         assert result.curve is not None and result.curve.returns
-        # Learning itself goes on until only the price of the final episode is left.
-        assert result.reward_evaluations >= budget - 2 * (QUICK.env.max_steps + 1)
+        # Learning itself goes on until only what is left for the final episode remains.
+        assert result.reward_evaluations >= budget - (QUICK.env.max_steps + QUICK.agent.n_envs)
 
 
 def test_the_final_episode_of_the_learned_policy_is_among_the_masks_to_choose_from(
@@ -435,3 +478,28 @@ def test_purify_returns_a_pruned_copy(data: DefenceData) -> None:
     with torch.no_grad():
         assert torch.equal(done.model(data.inputs), expected)
     assert done.results["onp"].mask is done.mask
+
+
+# --- the verdict ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "evidence"), [((4.0, 6.0, 9.0), True), ((9.0, 5.9, 4.0), False), ((4.0, 9.0, 4.0), False)]
+)
+def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
+    sizes: tuple[float, ...], evidence: bool, data: DefenceData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evidence is a mask at most two thirds of the runner-up's size."""
+    trigger = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), sizes)
+    clues = Clues(network(1), trigger)
+    monkeypatch.setattr("onp.purify.find_clues", lambda *_: clues)
+    config = replace(QUICK, always=False)
+    for method in METHODS:
+        result = Purification(network(), data, config).run(method)
+        if evidence:
+            assert result.mask is not None and "--always" not in result.note
+            continue
+        assert (result.mask is not None) == (method == "onp")
+        assert result.mask is None or result.mask.units_pruned == 0
+        assert result.reward_evaluations == 0 and result.agent is None and "--always" in result.note
+    assert Purification(network(), data, replace(config, always=True)).run("greedy").reward_evaluations > 0

@@ -298,13 +298,15 @@ def test_cells_are_the_rows_of_the_runs(made: tuple[Path, str]) -> None:
     runs = {path.name for path in out.iterdir() if path.is_dir()} - {"plots"}
     assert runs == {f"{name}-seed0-budget{budget}" for name in ("tiny", "clean") for budget in BUDGETS}
     cells = {(cell["model"], cell["budget"], cell["method"]): cell for cell in table(out)["cells"]}
-    searches = [(budget, method) for budget in BUDGETS for method in ("random", "ranked", "greedy", "onp")]
+    searches = [(budget, method) for budget in BUDGETS for method in ("random", "ranked", "greedy", "onp", "onp_gated")]
     others = [(None, method) for method in ("backdoored", "rnp", "rnp_oracle")]
     assert set(cells) == {(name, *key) for name in ("tiny", "clean") for key in searches + others}
     assert len(table(out)["cells"]) == len(cells)
     for (name, budget, method), cell in cells.items():
         report = json.loads((out / f"{name}-seed0-budget{budget or BUDGETS[0]}" / "report.json").read_text())
         rows = {row["method"]: row for row in report["rows"]}
+        assert report["evidence_of_a_backdoor"] == (report["trust_in_suspect_class"] >= 0.5)
+        rows["onp_gated"] = rows["onp" if report["evidence_of_a_backdoor"] else "backdoored"]
         figures = ("ca", "asr", "ra", "der", "units_pruned", "reward_evaluations", "seconds")
         assert [cell[figure] for figure in figures] == [rows[method][figure] for figure in figures]
         if cell["ca"] is not None:

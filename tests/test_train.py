@@ -77,7 +77,11 @@ class Patient:
 
     def job(self, run: Path, *extra: str, budget: int = BUDGET, **options: str) -> list[str]:
         small = f"--budget {budget} --finalists 4 --env.max-steps 4 --env.recovery.steps 10 --threads 1".split()
-        small += ["--env.reward.clean-fidelity", "0.05"]  # so cheap that masks prune something in so short a job
+        small += [
+            "--always",
+            "--env.reward.clean-fidelity",
+            "0.05",
+        ]  # so cheap that masks prune something in so short a job
         return [*self.options(**options), "--run-dir", str(run), *small, *extra]
 
 
@@ -319,6 +323,23 @@ def test_masks_depend_on_no_trigger_and_no_test_label(run: Path, patient: Patien
     assert rows["backdoored"]["ca"] < 0.3 < rows_of(run)["backdoored"]["ca"], "the labels were not shuffled"
     assert rows["rnp_oracle"]["ca"] is None and rows["rnp_oracle"]["note"]
     assert not (folder / "masks" / "rnp_oracle.json").exists()
+
+
+def test_a_network_without_evidence_is_left_alone(patient: Patient) -> None:
+    """Ten steps recover no trigger of any class, so there is none."""
+    folder = patient.folder / "gated"
+    job = [option for option in patient.job(folder) if option != "--always"]
+    code, printed, err = call(TrainConfig, train, job)
+    assert (code, err) == (0, "")
+    assert "No evidence of a backdoor" in printed and "--always" in printed
+    rows = rows_of(folder)
+    assert list(rows) == ROWS
+    for name in ("ca", "asr", "ra", "der", "units_pruned"):
+        assert rows["onp"][name] == rows["backdoored"][name]
+        assert all(rows[method][name] is None for method in ROWS if method not in ("onp", "backdoored"))
+    purified = safetensors.torch.load_file(folder / "purified.safetensors")
+    given = safetensors.torch.load_file(patient.folder / "backdoored" / "backdoored.safetensors")
+    assert all(torch.equal(purified[key], value) for key, value in given.items())
 
 
 def test_masks_depend_on_the_clean_images(run: Path, patient: Patient) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from onp.inputs import InputConfig
 from onp.purify import PurifyConfig
 from onp.run_folder import RunFolder
 from onp.train import TrainConfig, complete_run
+from onp.trigger_recovery import LEAST_TRUST
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget
     """The options of `onp.train` for one run."""
     name = f"{suspect.name}-seed{seed}" + (f"-budget{budget}" if config.budgets else "")
     values = {**vars(config.purify), **vars(suspect), "seed": seed, "budget": budget, "run_dir": out / name}
+    values["always"] = True  # the gated figures follow from the verdict
     del values["name"]
     common = {name: getattr(config, name) for name in ("defence_size", "device", "threads")}
     return TrainConfig(**values, **common).resolved()
@@ -134,17 +136,19 @@ def _attempt(run: Run) -> list[Cell] | Failure:
 
 
 def read_cells(run: Run, report: dict[str, Any]) -> list[Cell]:
-    """The cells of a finished run."""
+    """The cells of a finished run, and what ONP would have done without `--always`."""
     rows = report["rows"]
     images = {name: report.get(name, 0) for name in ("test_images", "triggered_images")}
-    before = next(row["ca"] for row in rows if row["method"] == "backdoored")
+    clean = next(row["ca"] for row in rows if row["method"] == "backdoored")
     cells = []
     for row in rows:
-        loss = before - row["ca"] if before is not None and row["ca"] is not None else None
+        loss = clean - row["ca"] if clean is not None and row["ca"] is not None else None
         budget = run.budget if row["reward_evaluations"] else None
         figures = {name: row[name] for name in MEASURES if name != "ca_loss"}
         cells.append(Cell(run.model, run.seed, budget, row["method"], ca_loss=loss, **figures, **images))
-    return cells
+    onp, before = (next(cell for cell in cells if cell.method == method) for method in (SUBJECT, "backdoored"))
+    kept = onp if report["trust_in_suspect_class"] >= LEAST_TRUST else replace(before, budget=onp.budget)
+    return [*cells, replace(kept, method="onp_gated")]
 
 
 def _collect(runs: list[Run], outcomes: dict[Path, list[Cell] | Failure]) -> Results:

@@ -25,6 +25,7 @@ STYLES = {
     "ranked": ("D", "tab:orange"),
     "greedy": ("P", "tab:green"),
     "onp": ("o", "tab:red"),
+    "onp_gated": (".", "tab:pink"),
 }
 """marker and colour of every method; any other is a grey dot"""
 
