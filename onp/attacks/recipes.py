@@ -68,7 +68,7 @@ SUITES = {
         "gtsrb-cifar_mobilenet_v2-w0.5-badnets",
         "cifar10-cifar_vgg16_bn-w16-dynamic",
         "gtsrb-cifar_resnet18-w16-l2",
-        "cifar10-wide_resnet16_1-all_to_all",
+        "gtsrb-wide_resnet16_1-all_to_all",
         "gtsrb-wide_resnet16_1-trojan",
     ),
 }

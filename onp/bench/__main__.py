@@ -1,4 +1,4 @@
-"""`python -m onp.bench engine` or `table`: the evaluation engine's speed; networks, methods and seeds in one table."""
+"""`python -m onp.bench engine`, `table` or `terms`: speed of the engine; networks x methods; what rewards predict."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from onp.commands import run_command
 
-BENCHES = ("engine", "table")
+BENCHES = ("engine", "table", "terms")
 
 
 def main() -> None:
@@ -20,6 +20,10 @@ def main() -> None:
         from onp.bench.table import TableConfig, run_table  # likewise
 
         run_command(TableConfig, run_table, "onp.bench table")
+    elif name == "terms":
+        from onp.bench.terms import TermsConfig, run_terms  # likewise
+
+        run_command(TermsConfig, run_terms, "onp.bench terms")
     else:
         print(f"error: benchmark {name!r}: expected one of {', '.join(BENCHES)}, then its options", file=sys.stderr)
         sys.exit(2)
