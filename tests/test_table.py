@@ -1,4 +1,4 @@
-"""`python -m onp.bench table`: suites, statements about cells worked out by hand, and tables of tiny networks."""
+"""`python -m onp.bench table` and `terms`: suites, statements about cells worked out by hand, and tiny networks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,11 +19,14 @@ from PIL import Image
 from torch import nn
 
 import onp.bench.table
+from envs.pruning import PruningEnv
 from onp.bench import __main__ as bench
 from onp.bench.aggregates import Cell, aggregate, bootstrap, compare, reach, spread, summarise, wilson
 from onp.bench.suite import read_suites
 from onp.errors import ConfigError
 from onp.evaluate import EvaluateConfig, evaluate
+from onp.judge import Measurement
+from onp.masks import KeepMask
 
 NETWORK = """
 from torch import nn
@@ -434,3 +438,68 @@ def test_an_unknown_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: p
     with pytest.raises(SystemExit) as stop:
         bench.main()
     assert stop.value.code == 2 and "engine, table" in capsys.readouterr().err
+
+
+# --- what rewards predict -------------------------------------------------------------------------------------
+
+
+def terms(folder: Path, *extra: str) -> tuple[int, str, str]:
+    small = "--purify.env.max-steps 2 --purify.env.recovery.steps 2 --purify.env.unlearn.max-epochs 1 --threads 1"
+    stdout, stderr, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["onp.bench", "terms", "--defence-size", "9", *small.split(), *extra])
+        with pytest.raises(SystemExit) as stop:
+            bench.main()
+    torch.set_num_threads(threads)
+    return int(stop.value.code or 0), stdout.getvalue(), stderr.getvalue()
+
+
+def test_terms_are_ranked_against_the_attack_success_rate(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The success rates are given: the cube of what fidelity loses, so that its ranks are those of minus ASR."""
+    seen: list[dict[str, float]] = []
+    pruned: list[list[int]] = [[], [0], [1], [2], [3], [0, 1], [2, 9], [5, 6, 7]]
+
+    def search(env: PruningEnv, budget: int, seed: int, progress: Any) -> None:
+        seen[:] = []
+        for units in pruned:
+            score = env.objective.score(env.objective.all_kept.without(units))
+            seen.append({**score.terms, "potential": score.potential})
+
+    def judge(mask: KeepMask, images: int) -> Measurement:
+        terms = seen[pruned.index((~mask.keep).nonzero().flatten().tolist())]
+        return Measurement(0.5, -(terms["clean_fidelity"] ** 3), 0.0)
+
+    monkeypatch.setattr("onp.bench.terms.SEARCHES", {"random": search, "greedy": search})
+    monkeypatch.setattr("onp.bench.terms.Judge", lambda inputs, trigger: judge)
+    models = ("--models", str(folder / "two.json"), "--json", str(tmp_path / "terms.json"))
+    write(folder / "two.json", [ENTRY, {**ENTRY, "name": "clean", "trigger": None}])
+    code, printed, err = terms(folder, *models)
+    assert (
+        (code, err) == (0, "") and "tiny" in printed and "clean " not in printed.partition("\n")[2].partition("\n")[2]
+    )
+    (record,) = json.loads((tmp_path / "terms.json").read_text())
+    assert (record["network"], record["masks"]) == ("tiny", 8)
+    assert record["clean_fidelity"] == pytest.approx(1)
+    for name in ("clean_accuracy", "unlearning", "trigger_resistance", "potential"):
+        column, fidelity = ([values[key] for values in seen] for key in (name, "clean_fidelity"))
+        if len(set(column)) == 1:
+            assert record[name] is None
+        else:
+            assert record[name] == pytest.approx(np.corrcoef(ranks(column), ranks(fidelity))[0, 1])
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Ranks, those of equal values averaged."""
+    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [(("--masks", "9"), "--masks 9"), (("--purify.seed", "3"), "--seed 3"), ((), "no network with a trigger")],
+)
+def test_terms_refuse_what_they_cannot_do(folder: Path, tmp_path: Path, extra: tuple[str, ...], named: str) -> None:
+    write(folder / "harmless.json", [{**ENTRY, "name": "clean", "trigger": None}])
+    code, _, err = terms(folder, "--models", str(folder / "harmless.json"), "--json", str(tmp_path / "t.json"), *extra)
+    assert code == 2 and named in err and not (tmp_path / "t.json").exists()

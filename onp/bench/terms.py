@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class TermsConfig:
 
 def run_terms(config: TermsConfig) -> None:
     """Spearman's rank correlation of every reward term with minus the true ASR, network by network; 1 is perfect."""
+    if config.purify.seed != PurifyConfig.seed:
+        raise ConfigError(f"--purify.seed {config.purify.seed}: give --seed {config.purify.seed}")
     for name in ("masks", "images"):
         if (value := getattr(config, name)) < 10:
             raise ConfigError(f"--{name} {value}: expected at least 10")
@@ -73,7 +75,7 @@ def correlate(suspect: Suspect, config: TermsConfig) -> dict[str, Any]:
     trigger, name = values.pop("trigger"), values.pop("name")
     inputs = open_inputs(InputConfig(**values).resolved())
     judge = Judge(inputs, trigger)
-    purification = Purification(inputs.model, inputs.defence_data(), config.purify)
+    purification = Purification(inputs.model, inputs.defence_data(), replace(config.purify, seed=config.seed))
     clues, _ = purification.timed_clues
     data, settings = purification.search_data, config.purify.env
     env = PruningEnv(purification.model, data, settings, clues, index=purification.index, cache=purification.cache)
