@@ -50,15 +50,12 @@ def measure(
     device: torch.device,
     trigger: ApplyTrigger | None = None,
     target: Target | None = None,
-    limit: int | None = None,
 ) -> Measurement:
-    """Measure `model` on the first `limit` test images (all by default), with a trigger to `target`."""
+    """Measure `model` on test images, with a trigger to `target`."""
     model.eval()
     seen = correct = other = fooled = robust = 0
     with torch.no_grad():
         for images, labels in batches(dataset):
-            if limit is not None and seen >= limit:
-                break
             logits = model(normalise(images.to(device)))
             predicted = logits.argmax(1).cpu()
             seen, correct = seen + len(labels), correct + int((predicted == labels).sum())

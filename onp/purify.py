@@ -35,7 +35,7 @@ METHODS = ("rnp", "random", "ranked", "greedy", "onp")
 """defences, in the order of the table"""
 Progress = Callable[[str, int, int], None]
 """called with a method, reward evaluations used, and the budget"""
-NO_EVIDENCE = "no evidence of a backdoor: left alone (--always prunes regardless)"
+NO_EVIDENCE = "no evidence of a backdoor: left alone (a warp leaves none; --always prunes regardless)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PurifyConfig:
     """Settings of the job; the same for every network."""
 
     def __post_init__(self) -> None:
-        least = 3 * self.env.max_steps + 2  # the last episode, of 2 a step, and half as much to learn from
+        least = 3 * self.env.max_steps + 2 * self.agent.n_envs  # the last episode, and some to learn from
         if self.budget < least:
             raise ConfigError(
                 f"--budget {self.budget}: expected at least {least} for episodes of {self.env.max_steps} steps"
@@ -109,12 +109,12 @@ class Purification:
 
     def run(self, method: str, progress: Progress = lambda method, used, budget: None) -> MethodResult:
         """Run one of `METHODS`. Where nothing speaks for a backdoor, ONP keeps every unit and no other is run."""
-        clues, shared_seconds = self.timed_clues
-        if not (self.config.always or clues.trigger.is_evidence):
+        if not self.config.always and not self.timed_clues[0].trigger.is_evidence:
             mask = KeepMask.all_kept(self.index) if method == "onp" else None
-            return MethodResult(method, mask, seconds=shared_seconds, note=NO_EVIDENCE)
+            return MethodResult(method, mask, seconds=self.timed_clues[1], note=NO_EVIDENCE)
         if method == "rnp":
             return self._run_rnp()
+        clues, shared_seconds = self.timed_clues
         start = time.perf_counter()
         env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index, cache=self.cache)
         report = partial(progress, method)
@@ -133,7 +133,8 @@ class Purification:
         if config.policy is not None:
             load_checkpoint(agent.policy, config.policy)
         # A step may cost a mask and a sensitivity pass; a part is left for an episode of the learned policy's own.
-        curve = train_agent(agent, config.agent, config.budget - config.env.max_steps - config.agent.n_envs, report)
+        reserve = config.env.max_steps + 2 * config.agent.n_envs - 1
+        curve = train_agent(agent, config.agent, config.budget - reserve, report)
         roll_out(agent, env, config.budget)
         return curve, agent
 
@@ -188,6 +189,8 @@ class Purified:
 
     model: nn.Module
     mask: KeepMask
+    evidence: bool
+    """whether a recovered trigger speaks for a backdoor"""
     results: Mapping[str, MethodResult]
 
 
@@ -201,4 +204,5 @@ def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = No
     assert result.mask is not None
     purified = copy.deepcopy(model).eval()
     apply_mask(purified, result.mask)
-    return Purified(purified, result.mask, {"onp": result})
+    evidence = purification.timed_clues[0].trigger.is_evidence
+    return Purified(purified, result.mask, evidence, {"onp": result})

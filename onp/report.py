@@ -15,10 +15,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 from torch import nn
+from torch.utils.data import Subset
 
 from baselines_rnp.rnp import threshold_masks
 from onp.checkpoints import write_atomically, write_json
-from onp.data import ImageDataset
+from onp.data import ImageDataset, labels_of
 from onp.errors import ConfigError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure
@@ -72,14 +73,16 @@ class Judge:
             self.trigger = load_trigger(trigger, tuple(self.dataset[0][0].shape), inputs.classes)
 
     def __call__(self, mask: KeepMask, limit: int | None = None) -> Measurement | None:
+        """Measure on all test images, or on `limit` of them; None without any."""
         if self.dataset is None:
             return None
+        images, config = len(labels_of(self.dataset)), self.inputs.config
+        dataset: ImageDataset = self.dataset
+        if limit is not None and limit < images:  # evenly spread, since folders come class by class
+            dataset = Subset(dataset, [number * images // limit for number in range(limit)])
         target = self.trigger.target if self.trigger else None
-        config = self.inputs.config
         with masked(self.model, mask):
-            return measure(
-                self.model, self.dataset, config.normalisation, self.inputs.device, self.trigger, target, limit
-            )
+            return measure(self.model, dataset, config.normalisation, self.inputs.device, self.trigger, target)
 
 
 def make_rows(folder: RunFolder, judge: Judge, index: UnitIndex) -> list[Row]:
@@ -176,7 +179,7 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
 
 
 def _measure_path(judge: Judge, mask: KeepMask | None) -> list[dict[str, Any]]:
-    """CA and ASR after each unit of ONP's mask (evenly thinned), on the first test images."""
+    """CA and ASR after each unit of ONP's mask (evenly thinned), on some of the test images."""
     steps = mask.path() if mask is not None else []
     chosen = (
         sorted({round(i * (len(steps) - 1) / max(1, _PATH_POINTS - 1)) for i in range(_PATH_POINTS)}) if steps else []

@@ -125,10 +125,13 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
 
 def _verdict(clues: dict[str, Any]) -> str:
     first, second = sorted(size if size is not None else inf for size in clues["trigger_sizes"])[:2]
+    if not isfinite(first):
+        return "No evidence of a backdoor: no trigger of any class was recovered."
     found = "Evidence" if clues["evidence"] else "No evidence"
+    rival = f"{second:.1f}" if isfinite(second) else "the whole image"
     return (
         f"{found} of a backdoor: the smallest recovered trigger, to class {clues['suspect_class']}, covers {first:.1f} "
-        f"pixels, that of the next class {second:.1f} (trust {clues['trust']:.2f}; evidence from {LEAST_TRUST})."
+        f"pixels, that of the next class {rival} (trust {clues['trust']:.2f}; evidence from {LEAST_TRUST})."
     )
 
 

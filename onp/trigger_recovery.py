@@ -45,9 +45,12 @@ class RecoveredTrigger:
 
     @property
     def trust(self) -> float:
-        """How far the smallest mask stands out: 0 if the runner-up's is as small, 1 from twice its size on."""
-        first, second = sorted(self.sizes)[:2]
-        return min(max(second / first - 1, 0.0), 1.0) if first < float("inf") else 0.0
+        """How far the smallest mask stands out: 0 if the runner-up's is as small, 1 from twice its size on.
+
+        A runner-up that no mask worked for counts as needing the whole image.
+        """
+        first, second = (min(size, self.masks[0].numel()) for size in sorted(self.sizes)[:2])
+        return min(max(second / first - 1, 0.0), 1.0) if first > 0 else 0.0
 
     @property
     def is_evidence(self) -> bool:

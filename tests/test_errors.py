@@ -110,7 +110,7 @@ def arguments(inputs: Path, tmp_path: Path) -> Callable[[str], list[str]]:
         while words:
             name = words.pop(0)
             options[name] = words.pop(0)
-        return [part for name, value in options.items() for part in (name, *value.split(","))]
+        return [*(part for name, value in options.items() for part in (name, *value.split(","))), "--always"]
 
     return make
 

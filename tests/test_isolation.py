@@ -90,7 +90,7 @@ def command(*extra: str) -> str:
     small = {"--budget": 24, "--env.max-steps": 2, "--env.recovery.steps": 2, "--env.unlearn.max-epochs": 1}
     files = {"--model": "network.py:tiny", "--checkpoint": "weights.safetensors", "--data": "images"}
     options = {**files, "--defence-size": 9, **small, "--threads": 1, "--run-dir": "run"}
-    return COMMAND.format(arguments=[*(str(part) for option in options.items() for part in option), *extra])
+    return COMMAND.format(arguments=[*(str(part) for option in options.items() for part in option), "--always", *extra])
 
 
 def test_defending_never_imports_the_attacks(folder: Path) -> None:

@@ -97,7 +97,7 @@ def arguments(folder: Path, run: str) -> list[str]:
     small = {"--defence-size": 12, "--budget": 40, "--env.max-steps": 4, "--env.recovery.steps": 20,
              "--env.reward.clean-fidelity": 0.05, "--threads": 1}  # fmt: skip
     options = {**{name: str(folder / path) for name, path in files.items()}, **small}
-    return [str(part) for option in options.items() for part in option]
+    return [*(str(part) for option in options.items() for part in option), "--always"]
 
 
 Job = Callable[[str, tuple[str, float] | None], tuple[int, float]]

@@ -136,11 +136,12 @@ def test_terms_carry_the_names_of_their_weights() -> None:
         ((40.0, 4.0, 100.0), 1.0),
         ((4.0, 4.4), 0.1),
         ((INFINITE, 3.0, INFINITE), 1.0),
+        ((INFINITE, 80.0, INFINITE), 0.25),  # no other class is known to need more than the 100 pixels there are
         ((INFINITE, INFINITE, INFINITE), 0.0),
     ],
 )
 def test_trust_grows_with_the_distance_to_the_runner_up(sizes: tuple[float, ...], trust: float) -> None:
-    found = RecoveredTrigger(0, torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), sizes)
+    found = RecoveredTrigger(0, torch.zeros(1, 1, 10, 10), torch.zeros(1, 1, 10, 10), sizes)
     assert found.trust == pytest.approx(trust, abs=1e-9)
 
 

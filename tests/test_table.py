@@ -444,7 +444,7 @@ def test_an_unknown_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def terms(folder: Path, *extra: str) -> tuple[int, str, str]:
-    small = "--purify.env.max-steps 2 --purify.env.recovery.steps 2 --purify.env.unlearn.max-epochs 1 --threads 1"
+    small = "--env.max-steps 2 --env.recovery.steps 2 --env.unlearn.max-epochs 1 --threads 1"
     stdout, stderr, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["onp.bench", "terms", "--defence-size", "9", *small.split(), *extra])
@@ -497,7 +497,7 @@ def ranks(values: list[float]) -> list[float]:
 
 @pytest.mark.parametrize(
     ("extra", "named"),
-    [(("--masks", "9"), "--masks 9"), (("--purify.seed", "3"), "--seed 3"), ((), "no network with a trigger")],
+    [(("--masks", "9"), "--masks 9"), ((), "no network with a trigger")],
 )
 def test_terms_refuse_what_they_cannot_do(folder: Path, tmp_path: Path, extra: tuple[str, ...], named: str) -> None:
     write(folder / "harmless.json", [{**ENTRY, "name": "clean", "trigger": None}])

@@ -20,7 +20,6 @@ from onp.inputs import InputConfig
 from onp.purify import PurifyConfig
 from onp.run_folder import RunFolder
 from onp.train import TrainConfig, complete_run
-from onp.trigger_recovery import LEAST_TRUST
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class TableConfig:
     threads: int = InputConfig.threads
     """CPU threads for PyTorch; 0 leaves its default"""
     purify: PurifyConfig = field(default_factory=PurifyConfig)
-    """settings of the job, the same for every network; the seeds come from --seeds"""
+    """settings of the job, the same for every network; the seeds come from --seeds, and --always is on"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def read_cells(run: Run, report: dict[str, Any]) -> list[Cell]:
         figures = {name: row[name] for name in MEASURES if name != "ca_loss"}
         cells.append(Cell(run.model, run.seed, budget, row["method"], ca_loss=loss, **figures, **images))
     onp, before = (next(cell for cell in cells if cell.method == method) for method in (SUBJECT, "backdoored"))
-    kept = onp if report["trust_in_suspect_class"] >= LEAST_TRUST else replace(before, budget=onp.budget)
+    kept = onp if report["evidence_of_a_backdoor"] else replace(before, budget=onp.budget)
     return [*cells, replace(kept, method="onp_gated")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from envs.rewards import TERMS
 from onp.bench.suite import Suspect, read_suites
 from onp.checkpoints import write_json
 from onp.commands import console
+from onp.config import EnvConfig
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
 from onp.purify import Purification, PurifyConfig
@@ -37,18 +38,18 @@ class TermsConfig:
     """test images that ASR is measured on"""
     defence_size: int = InputConfig.defence_size
     """clean images that the defender has"""
+    device: str = InputConfig.device
+    """cpu, cuda, cuda:1, ... or auto (cuda where there is one)"""
     threads: int = InputConfig.threads
     """CPU threads for PyTorch; 0 leaves its default"""
     json: Path | None = None
-    """file for the correlations: per network, by term"""
-    purify: PurifyConfig = field(default_factory=PurifyConfig)
-    """settings of environment and reward"""
+    """file for the correlations, per network and by term; written after every network"""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """environment and reward"""
 
 
 def run_terms(config: TermsConfig) -> None:
     """Spearman's rank correlation of every reward term with minus the true ASR, network by network; 1 is perfect."""
-    if config.purify.seed != PurifyConfig.seed:
-        raise ConfigError(f"--purify.seed {config.purify.seed}: give --seed {config.purify.seed}")
     for name in ("masks", "images"):
         if (value := getattr(config, name)) < 10:
             raise ConfigError(f"--{name} {value}: expected at least 10")
@@ -64,27 +65,31 @@ def run_terms(config: TermsConfig) -> None:
             records.append(record := correlate(suspect, config))
         cells = (record[name] for name in COLUMNS)
         table.add_row(suspect.name, str(record["masks"]), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
+        if config.json is not None:
+            write_json(config.json, records)
     console.print(table)
-    if config.json is not None:
-        write_json(config.json, records)
 
 
 def correlate(suspect: Suspect, config: TermsConfig) -> dict[str, Any]:
     """One network: `network`, `masks`, and by term its correlation, None where the term or ASR never changes."""
-    values = {**vars(suspect), "seed": config.seed, "defence_size": config.defence_size, "threads": config.threads}
+    common = {name: getattr(config, name) for name in ("seed", "defence_size", "device", "threads")}
+    values = {**vars(suspect), **common}
     trigger, name = values.pop("trigger"), values.pop("name")
     inputs = open_inputs(InputConfig(**values).resolved())
     judge = Judge(inputs, trigger)
-    purification = Purification(inputs.model, inputs.defence_data(), replace(config.purify, seed=config.seed))
+    purification = Purification(inputs.model, inputs.defence_data(), PurifyConfig(config.seed, env=config.env))
     clues, _ = purification.timed_clues
-    data, settings = purification.search_data, config.purify.env
-    env = PruningEnv(purification.model, data, settings, clues, index=purification.index, cache=purification.cache)
+    data = purification.search_data
+    env = PruningEnv(purification.model, data, config.env, clues, index=purification.index, cache=purification.cache)
     for search in ("random", "greedy"):
         SEARCHES[search](env, env.reward_evaluations + config.masks, config.seed, lambda used, budget: None)
     scored = list(env.objective.scores.values())
-    rates = [-(measured.asr or 0.0) for mask, _ in scored if (measured := judge(mask, config.images)) is not None]
-    if len(rates) < len(scored):
-        raise ConfigError(f"{suspect.data} has no test/; the terms are compared with ASR there")
+    rates = []
+    for mask, _ in scored:
+        measured = judge(mask, config.images)
+        if measured is None or measured.asr is None:
+            raise ConfigError(f"{suspect.name}: no test image is of another class than the trigger's")
+        rates.append(-measured.asr)
     figures = {name: [score.terms[name] for _, score in scored] for name in TERMS}
     figures["potential"] = [score.potential for _, score in scored]
     varied = {name for name, column in figures.items() if len(set(column)) > 1 < len(set(rates))}
