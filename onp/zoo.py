@@ -22,8 +22,8 @@ from onp.inputs import torch_device
 class ZooConfig:
     """Options of `python -m onp.zoo`."""
 
-    job: Annotated[Literal["list", "make"], tyro.conf.Positional]
-    """list entries with their recipes and figures, or train those that are not there yet"""
+    job: Annotated[Literal["list", "make", "export"], tyro.conf.Positional]
+    """list entries with their recipes and figures, train those that are not there yet, or copy them as float16"""
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """entries such as cifar10-preact_resnet18-w16-wanet (data, network, attack; clean for a clean twin), or the
     suites development and judged; list shows both suites by default"""
@@ -34,6 +34,8 @@ class ZooConfig:
     downloaded by torchvision by default"""
     root: Path = Path("~/.cache/onp/zoo")
     """folder of the zoo"""
+    out: Path | None = None
+    """folder that export copies to"""
     download_root: Path = Path("~/.cache/onp")
     """where torchvision keeps what it downloads"""
     device: str = "cpu"
@@ -48,11 +50,16 @@ def zoo(config: ZooConfig) -> int:
         raise ConfigError(f"--threads {config.threads}: expected 0 (PyTorch's default) or more")
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.job == "make" and not config.names:
-        raise ConfigError("make: name entries or suites; `python -m onp.zoo list` shows them")
+    if config.job != "list" and not config.names:
+        raise ConfigError(f"{config.job}: name entries or suites; `python -m onp.zoo list` shows them")
+    if (config.job == "export") != (config.out is not None):
+        raise ConfigError(f"{config.job}: --out goes with export, and export needs it")
     root = config.root.expanduser().resolve()
     animals = Zoo(root, _folders(config.folders), config.download_root, torch_device(config.device), _Progress())
     recipes = expand(config.names, config.seed)
+    if config.out is not None:
+        for recipe in recipes:
+            console.print(str(animals.export(recipe, config.out.expanduser().resolve())), soft_wrap=True)
     if config.job == "make":
         for recipe in recipes:
             _say(recipe, animals.make(recipe), root)

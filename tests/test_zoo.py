@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
@@ -295,6 +296,17 @@ def test_the_command_makes_an_entry_and_says_how_to_purify_it(tmp_path: Path, ca
     }  # fmt: skip
     code, out, _ = call("list", "digits-cifar_resnet18-w4-l0", "--seed", 3, "--root", tmp_path / "zoo")
     assert code == 0 and out.endswith("made")
+    code, _, _ = call(
+        "export", "digits-cifar_resnet18-w4-l0", "--seed", 3, "--root", tmp_path / "zoo", "--out", tmp_path
+    )
+    assert code == 0
+    whole, half = (safetensors.torch.load_file(path / "model.safetensors") for path in (folder, tmp_path / folder.name))
+    assert set(whole) == set(half)
+    for key, value in whole.items():
+        assert half[key].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        assert torch.allclose(half[key].float(), value.float(), rtol=1e-3, atol=1e-7)
+    for name in ("entry.json", "trigger.json", "trigger_mask.npy", "trigger_pattern.npy"):
+        assert (tmp_path / folder.name / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_the_list_shows_both_suites(tmp_path: Path, call: Any) -> None:
@@ -312,6 +324,9 @@ def test_the_list_shows_both_suites(tmp_path: Path, call: Any) -> None:
         (("make", WANET, "--folders", "digits"), "--folders digits: expected NAME=FOLDER"),
         (("make", WANET, "--folders", "imagenet=/tmp"), "expected NAME=FOLDER with a name of cifar10"),
         (("make", WANET, "--threads", -1), "--threads -1"),
+        (("make", WANET, "--out", "somewhere"), "--out goes with export"),
+        (("export", WANET), "export needs it"),
+        (("export", WANET, "--out", "somewhere"), "no entry that counts as trained"),
         (("make", WANET, "--device", "abacus"), "device 'abacus'"),
         (("make", "gtsrb-small_vgg-l0", "--folders", "gtsrb=nowhere"), "neither a folder that holds train"),
     ],

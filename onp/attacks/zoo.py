@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from onp.attacks.fitting import Fitting, fit
 from onp.attacks.poisoning import ATTACKS, draw_poisoning
 from onp.attacks.recipes import Recipe
 from onp.attacks.triggers import Trigger
-from onp.checkpoints import load_checkpoint, save_weights, write_json
+from onp.checkpoints import load_checkpoint, save_weights, write_atomically, write_json
 from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
 from onp.judge import Measurement, measure
@@ -67,6 +69,25 @@ class Zoo:
             raise ConfigError(f"{folder} was made by another recipe; remove it, or give another --root")
         found = (folder / name for name in ("entry.json", "refused.json"))
         return next((json.loads(path.read_text()) for path in found if path.exists()), None)
+
+    def export(self, recipe: Recipe, out: Path) -> Path:
+        """Copy a made entry to a folder below `out`, its weights as float16; returns the folder.
+
+        Raises `ConfigError` where there is none to copy.
+        """
+        record = self.record(recipe)
+        if record is None or "refused" in record:
+            raise ConfigError(f"{self.root / recipe.folder} holds no entry that counts as trained; make it first")
+        source, folder = self.root / recipe.folder, out / recipe.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = safetensors.torch.load_file(source / "model.safetensors")
+        halved = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        target = folder / "model.safetensors"
+        write_atomically(target, lambda temporary: safetensors.torch.save_file(halved, temporary))
+        for path in source.glob("trigger*"):
+            shutil.copy(path, folder)
+        write_json(folder / "entry.json", record)
+        return folder
 
     def make(self, recipe: Recipe) -> dict[str, Any]:
         """Train an entry, and its clean twin before it, unless that is done; returns its `record`.
