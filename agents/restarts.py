@@ -12,11 +12,11 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """Begin a fraction of the episodes near the end of one of the best action sequences (Ecoffet et al. 2021).
 
     Half of the time at its end, a quarter of the time a step before, and so on. The sequence is replayed, so the
-    environment has to be deterministic; where it answers masks from memory, that costs no reward evaluation. A sequence
-    ends where its return was highest, and never ends its episode. An episode is truncated when `patience` steps in a
-    row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason an
-    action that earned nothing is invalid where it was taken, until no other is left: the environment would only answer
-    from memory, and a policy that has settled would never use up its budget.
+    environment has to be deterministic; where it answers masks from memory, that costs no reward evaluation. Every
+    prefix of an episode counts as a sequence, those that end it left out. An episode is truncated when `patience` steps
+    in a row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason
+    an action that earned nothing (stopping, too) is invalid at the units kept where it was taken, until no other is
+    left: a policy that has settled would never use up its budget.
     """
 
     def __init__(self, env: gym.Env[Any, np.int64], fraction: float, elites: int, patience: int, seed: int) -> None:

@@ -107,9 +107,14 @@ class Purification:
         clues = find_clues(self.model, self.data, self.config.env, self.config.seed)
         return clues, time.perf_counter() - start
 
+    @property
+    def left_alone(self) -> bool:
+        """Whether nothing is pruned, since nothing speaks for a backdoor."""
+        return not self.config.always and not self.timed_clues[0].trigger.is_evidence
+
     def run(self, method: str, progress: Progress = lambda method, used, budget: None) -> MethodResult:
         """Run one of `METHODS`. Where nothing speaks for a backdoor, ONP keeps every unit and no other is run."""
-        if not self.config.always and not self.timed_clues[0].trigger.is_evidence:
+        if self.left_alone:
             mask = KeepMask.all_kept(self.index) if method == "onp" else None
             return MethodResult(method, mask, seconds=self.timed_clues[1], note=NO_EVIDENCE)
         if method == "rnp":

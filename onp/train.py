@@ -112,6 +112,9 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
             progress.update(task, completed=1)
             console.print(_verdict(clues), soft_wrap=True)
         for method in pending:
+            if purification.left_alone:
+                folder.save(purification.run(method))
+                continue
             total = 1 if method == "rnp" else purification.config.budget
             task = progress.add_task(LABELS[method].partition(",")[0], total=total)
             folder.save(purification.run(method, partial(_advance, progress, task)))
@@ -166,7 +169,6 @@ def _show(folder: RunFolder) -> None:
     report = json.loads(folder.file("report.json").read_text())
     rows = [Row(**row) for row in report["rows"]]
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
-    console.print(_verdict(json.loads(folder.file("clues.json").read_text())), soft_wrap=True)
     for row in rows:
         if row.note:
             console.print(f"  {LABELS[row.method]}: {row.note}", style="dim", highlight=False)
