@@ -152,4 +152,4 @@ def _zeroed(model: nn.Module, mask: KeepMask) -> Iterator[tuple[nn.Parameter, in
             gates = layer.gates if mask.rule == "zero" else layer.gates[:1]
             for name, axis in gates:
                 parameter = model.get_parameter(name)
-                yield parameter, axis, units.to(parameter.device)
+                yield parameter, axis, layer.entries(units).to(parameter.device)
