@@ -10,7 +10,7 @@ import networkx as nx
 
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import write_atomically
-from onp.commands import console, run_command
+from onp.commands import console, print_untraced, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
 from onp.engine import Engine
@@ -41,6 +41,7 @@ def draw(config: GraphCommandConfig) -> None:
     inputs = open_inputs(config.resolved())
     data = inputs.defence_data()
     index = index_units(inputs.model, data.input_shape)
+    print_untraced(index, console)
     check_network(inputs.model, data)
     pruned = _pruned(config.mask, index)
     unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from onp.checkpoints import save_weights, sha256, write_json
-from onp.commands import console, run_command
+from onp.commands import console, print_untraced, run_command
 from onp.data import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
@@ -65,6 +65,7 @@ def complete_run(config: TrainConfig, console: Console) -> RunFolder:
         inputs = _make_demonstration(config, folder, inputs, console)
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)
+    print_untraced(purification.index, console)
     purification.log_dir = folder.file("tensorboard")
     _defend(folder, purification, console)
     console.print("Judging every mask on the test images ...")
