@@ -33,8 +33,8 @@ from torch_geometric.data import Data
 from torch_geometric.utils import coalesce
 
 from onp.attention import heads_alone, value_kernels
-from onp.channels import Reads
 from onp.errors import ConfigError
+from onp.flow import Reads
 from onp.units import KINDS, UnitIndex, UnitLayer
 
 ACTIVATIONS = ("activation_mean", "activation_std", "activation_positive", "activation_max")

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from onp.attention import is_output
-from onp.channels import ChannelFollower, Reads, is_merge
 from onp.errors import ModelError
+from onp.flow import ChannelFlow, Reads, is_merge
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS, shape_of, trace, untraced
 
 UnitKind = Literal["conv", "batch_norm", "linear", "linear_input", "head"]
@@ -141,7 +141,7 @@ class _Tracing:
         self.size = 0
         self.parent: list[int] = []
         self.reads: dict[fx.Node, Reads | None] = {}
-        self.follower = ChannelFollower(self.reads)
+        self.flow = ChannelFlow(self.reads)
         self.indexed: set[str] = set()
 
     def index(self) -> UnitIndex:
@@ -194,7 +194,7 @@ class _Tracing:
             and any(True for _ in module.parameters())
         ):
             return None
-        reads = self.follower.follow(node, module)
+        reads = self.flow.follow(node, module)
         if reads is not None and is_merge(node):
             self._tie(reads)
         return reads

@@ -45,7 +45,7 @@ class Reads:
     flattened: bool = False
 
 
-class ChannelFollower:
+class ChannelFlow:
     """Says what the channels of a node's value carry, from `reads`, which knows it of the nodes before."""
 
     def __init__(self, reads: Mapping[fx.Node, Reads | None]) -> None:
