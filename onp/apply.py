@@ -148,7 +148,8 @@ def _show(record: dict[str, Any], out: Path) -> None:
     zeros = record["kept_as_zeros"]
     for entry in zeros[:REASONS]:
         numbers = ", ".join(map(str, entry["units"][:REASONS])) + (", ..." if len(entry["units"]) > REASONS else "")
-        console.print(f"  {entry['layer']} [{numbers}]: {entry['reason']}", style="dim", highlight=False, markup=False)
+        line = f"  {entry['layer']} [{numbers}]: {entry['reason']}"
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     if len(zeros) > REASONS:
         console.print(f"  ... and {len(zeros) - REASONS} more in deploy.json", style="dim")
     for name in ("parameters", "multiply_adds"):
