@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from onp.commands import console, print_untraced, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
 from onp.engine import Engine
-from onp.errors import MaskError
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
 from onp.purify import check_network
-from onp.units import UnitIndex, index_units
+from onp.units import index_units
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def draw(config: GraphCommandConfig) -> None:
     index = index_units(inputs.model, data.input_shape)
     print_untraced(index, console)
     check_network(inputs.model, data)
-    pruned = _pruned(config.mask, index)
+    pruned = set(KeepMask.load(index, config.mask).pruned) if config.mask else set()
     unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model
     engine = Engine(inputs.model, index, data.inputs)
     effects = {"clean_loss": engine.effects(KeepMask.all_kept(index), data.cross_entropy).sum(0)}
@@ -52,16 +50,6 @@ def draw(config: GraphCommandConfig) -> None:
     write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))
     console.print(f"{len(index)} units in {len(index.layers)} layers, {graph.number_of_edges()} edges")
     console.print(f"{config.out / 'graph.png'}\n{config.out / 'graph.graphml'}")
-
-
-def _pruned(path: Path | None, index: UnitIndex) -> set[int]:
-    if path is None:
-        return set()
-    try:
-        mask = KeepMask.from_json(index, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise MaskError(f"{str(path)!r} is not a readable mask ({error}); give masks/METHOD.json of a run") from error
-    return set((~mask.keep).nonzero().flatten().tolist())
 
 
 def main() -> None:

@@ -5,10 +5,12 @@ The two agree bit for bit, since both zero the same parameters.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -119,6 +121,17 @@ class KeepMask:
             keep[[layers[name].offset + i for i in members]] = False
         names = {index.name(unit): unit for unit in (~keep).nonzero().flatten().tolist()}
         return cls(index, keep, rule, tuple(names[name] for name in record.get("order", []) if name in names))
+
+    @classmethod
+    def load(cls, index: UnitIndex, path: Path) -> KeepMask:
+        """Read `masks/METHOD.json` of a run; raises `MaskError` where it cannot be read or does not fit the network."""
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise MaskError(
+                f"{str(path)!r} is not a readable mask ({error}); give masks/METHOD.json of a run"
+            ) from error
+        return cls.from_json(index, record)
 
 
 def apply_mask(model: nn.Module, mask: KeepMask) -> None:
