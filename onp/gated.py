@@ -204,8 +204,8 @@ class GatedNetwork(GatedGraph):
             return torch.relu_(inputs[spare])
         if node.target in self.untraced:  # it may change what it is given
             args, kwargs = fx.node.map_aggregate((args, kwargs), _own)
-        if module is not None:
-            return module(*args, **kwargs)
+        if node.op == "call_module":
+            return self.modules[str(node.target)](*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -59,8 +59,9 @@ class GatedGraph:
         self.betas = {node: beta.to(device) for node, beta in self.betas.items()}
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls, if it does."""
-        return self.modules[str(node.target)] if node.op == "call_module" else None
+        """The module that a node calls, where one is known to do what its class does."""
+        known = node.op == "call_module" and node.target not in self.untraced
+        return self.modules[str(node.target)] if known else None
 
     def _never_in_place(self) -> None:
         """Values are used again: nothing may change its input."""

@@ -135,6 +135,7 @@ class _Tracing:
         self.type_name = type(model).__name__
         self.graph_module = trace(model, input_shape)
         self.modules = dict(self.graph_module.named_modules(remove_duplicate=False))
+        self.untraced = {path for path, _ in untraced(self.graph_module)}
         self.output_nodes = self._output_nodes()
         self.layers: list[UnitLayer] = []
         self.outputs: list[OutputLayer] = []
@@ -172,13 +173,17 @@ class _Tracing:
         return {node for node in found if isinstance(self._module(node), (nn.Linear, *CONVOLUTIONS))}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[str(node.target)] if node.op == "call_module" else None
+        """The module that a node calls, where one is known to do what its class does."""
+        known = node.op == "call_module" and node.target not in self.untraced
+        return self.modules[str(node.target)] if known else None
 
     # --- following channels ---------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> Reads | None:
         """The units that the channels of the node's output carry; None where that is unknown."""
         module = self._module(node)
+        if module is None and node.op == "call_module":
+            return None
         if isinstance(module, nn.MultiheadAttention):
             self._visit_attention(node, module)
             return None

@@ -18,6 +18,13 @@ from onp.units import index_units
 IMAGE = (2, 8, 8)
 
 
+def finite(x: Tensor) -> Tensor:
+    """Its input, at which it looks."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("not finite")
+    return x
+
+
 class Branching(nn.Module):
     """Asks for a value, and works in place on what it is given; gives the same for an image whatever its company."""
 
@@ -26,8 +33,7 @@ class Branching(nn.Module):
         self.inner, self.relu, self.give = nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=True), give
 
     def forward(self, x: Tensor) -> Any:
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError("not finite")
+        x = finite(x)
         x += 1
         self.relu(x)
         return self.give(self.inner(x))
@@ -98,6 +104,32 @@ def test_the_smallest_module_that_cannot_be_traced_is_one_piece(
     assert [path for path, _ in index.untraced] == ["block.1.0"]
     assert "symbolically traced variables cannot be used as inputs to control flow" in index.untraced[0][1]
     assert [layer.name for layer in index] == ["norm", "block.0", "last"]
+    assert index.layers[2].reads is None
+    check(model, inputs)
+
+
+class ReLU(nn.Module):
+    """Not what it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return finite(x).flip(1)
+
+
+class Halving(nn.Conv2d):
+    """Not what it is derived from: a channel with weights of 0 is not 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(finite(x)) + 1
+
+
+@pytest.mark.parametrize("piece", [ReLU(), nn.Sequential(ReLU(), nn.BatchNorm2d(6)), Halving(6, 6, 1)])
+def test_a_piece_is_not_what_its_name_or_base_class_suggests(
+    piece: nn.Module, inputs: Tensor, randomised: Callable[..., nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = randomised(Around(piece))
+    index = index_units(model, IMAGE)
+    assert len(index.untraced) == 1 and not any(layer.name.startswith("block.1.0") for layer in index.layers[:2])
     assert index.layers[2].reads is None
     check(model, inputs)
 

@@ -9,17 +9,21 @@ import copy
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from onp.checkpoints import write_json
 from onp.commands import console, print_untraced
 from onp.engine import Engine
-from onp.errors import ConfigError, OnpError
+from onp.errors import ConfigError, ModelError, OnpError
+from onp.export import export_onnx, require_onnx
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
+from onp.shrink import logits_of, parameter_count, shrink
 from onp.tracing import BATCH_NORMS
 from onp.units import KINDS, UnitIndex, index_units
 
@@ -28,7 +32,7 @@ SIZES = {"inception_v3": 96, "vit_b_16": 224}
 SHARES = (0.01, 0.2)
 """shares of the units that the masks prune"""
 
-WIDTH = 120
+WIDTH = 150
 """characters that the table needs"""
 
 
@@ -45,6 +49,8 @@ class NetworksConfig:
     """height and width of the images; inception_v3 gets 96, vit_b_16 224"""
     images: int = 4
     """random images that deviations are measured on"""
+    onnx: bool = True
+    """also write every smaller network as ONNX and run that (needs onp[export])"""
     seed: int = 0
     """seed of weights, images and masks"""
     threads: int = 0
@@ -74,6 +80,16 @@ class Row:
     """of logits under `masked` from those after `apply_mask`, over their largest, over all masks"""
     engine_deviation: float = 0.0
     """likewise of the engine's"""
+    units_pruned: int = 0
+    """by the mask of whole groups that the network is made smaller by"""
+    units_removed: int = 0
+    """of those, the ones that are physically gone; the others stay as zeros"""
+    parameters_after: int = 0
+    shrunk_deviation: float = 0.0
+    """of the smaller network's logits from those after `apply_mask`"""
+    onnx_deviation: float | None = None
+    """likewise of the ONNX model's; None where it was not made"""
+    onnx_error: str | None = None
 
 
 def run_networks(config: NetworksConfig) -> None:
@@ -83,6 +99,8 @@ def run_networks(config: NetworksConfig) -> None:
             f"--images {config.images}, --image-size {config.image_size}, --threads {config.threads}: expected at "
             "least 1, 1 and 0"
         )
+    if config.onnx:
+        require_onnx()
     if config.threads:
         torch.set_num_threads(config.threads)
     rows: list[Row] = []
@@ -91,10 +109,10 @@ def run_networks(config: NetworksConfig) -> None:
             rows.append(_row(name, config))
         if config.json is not None:
             write_json(config.json, [asdict(row) for row in rows])
-    console.print(_table(rows), width=max(console.width, WIDTH), crop=False)
+    Console(width=max(console.width, WIDTH)).print(_table(rows))  # a file or a pipe has 80 columns otherwise
     for row in rows:
-        if row.error is not None:
-            console.print(f"{row.network}: {row.error}", soft_wrap=True, highlight=False)
+        if error := row.error or row.onnx_error:
+            console.print(f"{row.network}: {error}", soft_wrap=True, highlight=False)
 
 
 def _row(name: str, config: NetworksConfig) -> Row:
@@ -116,17 +134,33 @@ def _row(name: str, config: NetworksConfig) -> Row:
             through_masked, through_engine = _deviations(model, engine, mask, inputs)
             row.masked_deviation = max(row.masked_deviation, through_masked)
             row.engine_deviation = max(row.engine_deviation, through_engine)
+        kept = torch.rand(row.groups, generator=generator) >= SHARES[-1]
+        _shrink(row, model, KeepMask(index, kept[index.groups]), inputs, config.onnx)
     except OnpError as error:
         row.error = str(error)
     return row
 
 
 def _describe(row: Row, model: nn.Module, index: UnitIndex) -> None:
-    row.parameters = sum(parameter.numel() for parameter in model.parameters())
+    row.parameters = parameter_count(model)
     row.units = {kind: sum(layer.size for layer in index if layer.kind == kind) for kind in KINDS}
     row.layers, row.groups = len(index.layers), int(index.groups.max()) + 1
     row.untraced = dict(index.untraced)
     print_untraced(index, console)
+
+
+def _shrink(row: Row, model: nn.Module, mask: KeepMask, inputs: Tensor, onnx: bool) -> None:
+    shrunk = shrink(model, mask, inputs)
+    row.units_pruned, row.units_removed = mask.units_pruned, len(shrunk.removed)
+    row.parameters_after, row.shrunk_deviation = parameter_count(shrunk.model), shrunk.deviation
+    if onnx:
+        apply_mask(model, mask)
+        with TemporaryDirectory() as folder:
+            try:
+                expected = logits_of(model, inputs)
+                row.onnx_deviation = export_onnx(shrunk.model, inputs, Path(folder) / "model.onnx", expected=expected)
+            except ModelError as error:
+                row.onnx_error = str(error)
 
 
 @torch.no_grad()
@@ -159,18 +193,25 @@ def _deviations(model: nn.Module, engine: Engine, mask: KeepMask, inputs: Tensor
 
 
 def _table(rows: list[Row]) -> Table:
-    title = "networks with random weights; masks of 1 % and 20 % of the units"
+    title = "networks with random weights; deviations of logits under masks of 1 % and 20 % of the units or groups"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("network", "image", "M params", *KINDS, "groups", "untraced", "index s", "masked", "engine"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "network" else "right")
+    columns = ("whole", "index s", "masked", "engine", "removed", "M params", "shrunk", "ONNX")
+    for name in ("network", "image", *(kind.rpartition("_")[2] for kind in KINDS), "groups", *columns):
+        table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
     for row in rows:
+        name = Path(row.network).name
         if row.error is not None:
-            table.add_row(Path(row.network).name, str(row.image_size), "refused, see below")
+            table.add_row(name, str(row.image_size), "error")
             continue
         table.add_row(
-            Path(row.network).name, str(row.image_size), f"{row.parameters / 1e6:.1f}",
-            *(str(row.units[kind]) if row.units[kind] else "-" for kind in KINDS),
-            str(row.groups), str(len(row.untraced)), f"{row.index_seconds:.1f}",
-            *(f"{deviation:.0e}" if deviation else "0" for deviation in (row.masked_deviation, row.engine_deviation)),
+            name, str(row.image_size), *(str(row.units[kind] or "-") for kind in KINDS), str(row.groups),
+            str(len(row.untraced)), f"{row.index_seconds:.1f}", _scientific(row.masked_deviation),
+            _scientific(row.engine_deviation), f"{row.units_removed / max(1, row.units_pruned):.0%}",
+            f"{row.parameters / 1e6:.1f} > {row.parameters_after / 1e6:.1f}", _scientific(row.shrunk_deviation),
+            "-" if row.onnx_deviation is None else _scientific(row.onnx_deviation),
         )  # fmt: skip
     return table
+
+
+def _scientific(deviation: float) -> str:
+    return f"{deviation:.0e}" if deviation else "0"
