@@ -45,7 +45,7 @@ class GatedGraph:
         self._check_gates()
         for node in list(self.graph_module.graph.nodes):
             for layer in index if node.op == "call_module" else ():
-                if layer.module == node.target and layer.kind == "head":
+                if layer.module == node.target and isinstance(self.modules[layer.module], nn.MultiheadAttention):
                     self._part_attention(node, layer)
                 elif layer.module == node.target:
                     self._insert_gate(node, layer)
@@ -80,7 +80,7 @@ class GatedGraph:
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         used = {name for name in parameters if not called.isdisjoint(_owners(name))}
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        for name in {name for layer in self.index for name, _ in layer.gates}:
+        for name in dict.fromkeys(name for layer in self.index for name, _ in layer.gates):
             same = {other for other, parameter in parameters.items() if parameter is parameters[name]}
             twice = {name} if len(called.intersection(_owners(name))) > 1 else set()
             others = (used & same - {name}) | (same & read) | twice
@@ -92,7 +92,7 @@ class GatedGraph:
 
     def _insert_gate(self, node: fx.Node, layer: UnitLayer) -> None:
         graph = self.graph_module.graph
-        before = layer.kind == "linear_input"
+        before = layer.kind in ("linear_input", "head")
         source = node.all_input_nodes[0] if before else node
         with graph.inserting_after(source):
             gate = graph.call_function(_gate, (source,))

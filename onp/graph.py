@@ -124,7 +124,7 @@ def _outgoing_strengths(index: UnitIndex, model: nn.Module) -> tuple[dict[int, T
     readers = [(layer.weight, number, layer.reads) for number, layer in enumerate(index)]
     readers += [(output.module, -1, output.reads) for output in index.outputs]
     for layer in index:
-        if layer.kind == "head":
+        if layer.kind == "head" and layer.weight is not None:
             columns = torch.tensor(layer.units).repeat_interleave(layer.width)
             readers.append((f"{layer.module}.out_proj", -1, Reads(-1, (columns,))))
     matrices: dict[int, Tensor] = {}
@@ -227,8 +227,9 @@ def activation_statistics(index: UnitIndex, model: nn.Module, inputs: Tensor, ba
 
     def record(layer: UnitLayer, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         axis = 1 if layer.kind in ("conv", "batch_norm") or layer.batch_norm is not None else -1
-        if isinstance(module, nn.MultiheadAttention):
-            output = heads_alone(module)(*args, **kwargs)[0].unflatten(-1, (layer.size, layer.width)).transpose(-1, -2)
+        if layer.kind == "head":
+            written = heads_alone(module)(*args, **kwargs)[0] if isinstance(module, nn.MultiheadAttention) else args[0]
+            output = written.unflatten(-1, (layer.size, layer.width)).transpose(-1, -2)
         values = (args[0] if layer.kind == "linear_input" else output).float().movedim(axis, 0).flatten(1)
         variance, mean = (moment.cpu().double() for moment in torch.var_mean(values, 1, correction=0))
         positive = (values > 0).float().mean(1).cpu().double()

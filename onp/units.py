@@ -2,9 +2,9 @@
 
 A *unit* is an output channel of a convolution (with the batch-norm that alone reads it), a channel of a
 batch-norm that reads anything else (a residual sum, a concatenation), a neuron of a hidden linear layer,
-one input position of a linear layer behind a flatten, or a head of `nn.MultiheadAttention`. Units are found by
-tracing with `torch.fx`, so no table of architectures is needed. Output layers (what produces the logits) hold no
-units, nor does a submodule that cannot be traced (`UnitIndex.untraced`): it is computed as it is.
+one input position of a linear layer behind a flatten, or a head of attention. Units are found by tracing
+with `torch.fx`, so no table of architectures is needed. Output layers (what produces the logits) hold no
+units, nor does a submodule that cannot be traced (`UnitIndex.untraced`): that is computed as it is.
 
 Pruning a unit makes its output exactly zero, by zeroing parameters (its *gates*):
 
@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from onp.attention import is_output
+from onp.attention import heads_read, is_output
 from onp.errors import ModelError
 from onp.flow import ChannelFlow, Reads, is_merge
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS, shape_of, trace, untraced
@@ -58,7 +58,8 @@ class UnitLayer:
     batch_norm: str | None
     """module path of the batch-norm that gates the units"""
     module: str
-    """path of the module whose output (input, for `linear_input`) the units are; for heads, the attention's"""
+    """path of the module whose output (input, for `linear_input`) the units are; for heads, that of the attention, or
+    where it is written out, of the linear layer that reads them"""
     reads: Reads | None
     """what the layer reads; None where the trace lost track of it"""
     width: int = 1
@@ -212,12 +213,21 @@ class _Tracing:
             gates, width = ((f"{path}.out_proj.weight", 1),), module.head_dim
             self._add_layer(f"{path}.heads", "head", module.num_heads, gates, path, None, path, reads, -1, width)
 
+    def _heads(self, node: fx.Node, reads: Reads | None) -> Reads | None:
+        """Make units of the heads of an attention written out that a linear layer reads."""
+        if reads is not None or (found := heads_read(node, self._module)) is None:
+            return None
+        path, (heads, width), axis = str(node.target), found, len(_require_shape(node)) - 1
+        gates = ((f"{path}.weight", 1),)
+        made = self._add_layer(f"{path}.heads", "head", heads, gates, None, None, path, None, axis, width)
+        return made and Reads(axis, (made.units[0].repeat_interleave(width),))
+
     def _visit_weighted(self, node: fx.Node, module: nn.Module, axis: int, size: int) -> Reads | None:
         reads = self._input(node)
         if isinstance(module, nn.Linear):
             if reads is not None and reads.axis != axis:
                 reads = None  # it mixes another axis than the one that the channels are on
-            reads = self._input_positions(node, reads)
+            reads = self._heads(node, reads) or self._input_positions(node, reads)
         path = str(node.target)
         if node in self.output_nodes:
             self.outputs.append(OutputLayer(path, reads))

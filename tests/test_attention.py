@@ -29,6 +29,9 @@ class Attends(nn.Module):
         super().__init__()
         self.embed, self.norm, self.head = nn.Conv2d(1, HEADS * DIM, 4, 4), nn.LayerNorm(HEADS * DIM), nn.Linear(12, 3)
         self.attention = nn.MultiheadAttention(HEADS * DIM, HEADS, **options)
+        self.qkv, self.project = nn.Linear(12, 36), nn.Linear(12, 12)
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([nn.init.xavier_uniform_(torch.empty(12, 12)) for _ in range(3)]))
         self.attend = attend
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,6 +58,30 @@ def twice(net: Any, x: Tensor) -> Tensor:
     return itself(net, itself(net, x))
 
 
+def written_out(net: Any, x: Tensor) -> Tensor:
+    """The same by matrix products, with the attention's weights in two linear layers."""
+    n, tokens, width = x.shape
+    query, key, value = net.qkv(x).reshape(n, tokens, 3, HEADS, DIM).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = (query @ key.transpose(-2, -1) / sqrt(DIM)).softmax(-1)
+    return net.project((weights @ value).transpose(1, 2).reshape(n, tokens, width))
+
+
+def fused(net: Any, x: Tensor) -> Tensor:
+    query, key, value = net.qkv(x).unflatten(2, (3, HEADS, DIM)).transpose(1, 3).unbind(2)
+    y = nn.functional.scaled_dot_product_attention(query, key, value)
+    return net.project(nn.functional.dropout(y.permute(0, 2, 1, 3).flatten(2), 0.5, net.training))
+
+
+def by_einsum(net: Any, x: Tensor) -> Tensor:
+    query, key, value = net.qkv(x).view(len_of(x), -1, 3, HEADS, DIM).unbind(2)
+    weights = torch.einsum("nqhd,nkhd->nhqk", query / sqrt(DIM), key).softmax(-1)
+    return net.project(torch.einsum("nhqk,nkhd->nqhd", weights, value).flatten(2))
+
+
+def len_of(x: Tensor) -> int:
+    return x.size(0)
+
+
 WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "itself": (itself, {"batch_first": True}),
     "no_bias": (itself, {"batch_first": True, "bias": False}),
@@ -62,6 +89,9 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "tokens_first": (tokens_first, {}),
     "across": (across, {"batch_first": True, "vdim": 24}),
     "twice": (twice, {"batch_first": True}),
+    "written_out": (written_out, {}),
+    "fused": (fused, {}),
+    "by_einsum": (by_einsum, {}),
 }
 
 
@@ -112,6 +142,24 @@ def test_heads_are_units_with_their_columns_of_the_output_projection() -> None:
     assert heads.entries(torch.tensor([0, 2])).tolist() == [0, 1, 2, 6, 7, 8]
     assert heads.reads is not None and heads.reads.units[0].tolist() == list(range(12))
     assert index.name(14) == "attention.heads[2]" and not index.batch_norm_units.any()
+
+
+@pytest.mark.parametrize("name", ["written_out", "fused", "by_einsum"])
+def test_heads_of_an_attention_that_is_written_out(name: str) -> None:
+    model, x = build(name), torch.randn(5, 4, 12, generator=torch.Generator().manual_seed(1))
+    index = index_units(model, (1, 8, 8))
+    assert [(layer.name, layer.kind, layer.size, layer.width) for layer in index] == [
+        *(("embed", "conv", 12, 1), ("qkv", "linear", 36, 1)),
+        *(("project.heads", "head", 4, 3), ("project", "linear", 12, 1)),
+    ]
+    with torch.no_grad():  # the same weights as an attention of PyTorch's own
+        model.attention.in_proj_weight.copy_(model.qkv.weight)
+        model.attention.in_proj_bias.copy_(model.qkv.bias)
+        model.attention.out_proj.load_state_dict(model.project.state_dict())
+    for silent in ({0}, {1, 2}, {0, 1, 2, 3}):
+        expected = attention_by_hand(model.attention, x, silent)
+        with torch.no_grad(), masked(model, KeepMask.all_kept(index).without(48 + head for head in silent)):
+            torch.testing.assert_close(model.attend(model, x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("silent", [{0}, {3}, {1, 2}, {0, 1, 2, 3}])
