@@ -368,6 +368,24 @@ def test_effects_are_by_image_whatever_the_chunks(network: nn.Module, index: Uni
         assert bool((got[:, ~mask.keep] == 0).all())
 
 
+def scale_from_a_table(net: Any, x: Tensor) -> Tensor:
+    scale = net.k(net.norm.running_mean.expand(5, 64)).relu()  # no image is in it
+    return net.out(net.h(net.b(net.a(x)).mean((2, 3))) * scale.mean(0))
+
+
+def test_images_share_the_effect_of_what_none_of_them_is_in(inputs: Tensor, randomised: Randomise) -> None:
+    torch.manual_seed(0)
+    network = randomised(Odd(scale_from_a_table))
+    index = index_units(network, (2, 8, 8))
+    (units,) = (layer.units for layer in index if layer.name == "k")
+    mask = KeepMask.all_kept(index)
+    expected = effects_by_weights(network, mask, inputs)
+    got = Engine(network, index, inputs, chunk=10).effects(mask, lambda logits: logits.square().mean()).double()
+    assert float(expected[:, units].std(0).max()) > 0
+    torch.testing.assert_close(got.sum(0), expected.sum(0), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(got[:, units], expected[:, units].mean(0).expand(10, -1), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("forward", "words"),
     [

@@ -9,13 +9,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
+from envs.pruning import PruningEnv
 from onp.bench.networks import randomise
+from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.data import DefenceData
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
@@ -84,6 +88,26 @@ def test_networks(name: str) -> None:
             assert torch.equal(model(inputs), logits[-1])
         assert (engine.logits(mask) - logits[-1]).abs().max() <= 1e-5 * logits[-1].abs().max()
     assert (logits[2] - logits[0]).abs().max() > 1e-2 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vision_transformer"])
+def test_the_environment_prunes_them(name: str) -> None:
+    torch.manual_seed(0)
+    build, size = NETWORKS[name]
+    model, generator = build(), torch.Generator().manual_seed(0)
+    randomise(model, generator)
+    data = DefenceData(torch.rand(20, 3, size, size, generator=generator), torch.arange(20) % 10, 10)
+    short = EnvConfig(max_steps=3, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
+    env = PruningEnv(model, data, short)
+    observation, _ = env.reset()
+    assert observation["kept"].all() and bool(env.graph.x.isfinite().all())
+    last = {layer.kind: layer.offset for layer in env.index}
+    unit = last["head" if "head" in last else "linear_input"]
+    observation, reward, _, _, info = env.step(unit)
+    assert info["units_pruned"] == 1 and observation["kept"][unit] == 0 and np.isfinite(reward)
+    bulk = max(range(len(env.actions.bulks)), key=lambda number: env.actions.bulks[number].count)
+    _, _, _, _, info = env.step(len(env.index) + bulk)
+    assert info["units_pruned"] == 1 + env.actions.bulks[bulk].count and info["invalid_actions"] == 0
 
 
 def test_the_command_lists_networks_and_those_that_it_cannot_treat(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from onp.commands import print_untraced
 from onp.engine import Engine
 from onp.errors import ModelError
 from onp.masks import KeepMask, apply_mask, masked
@@ -156,6 +159,13 @@ def test_modules_of_pytorch_with_unknown_weights_are_reported(inputs: Tensor) ->
     assert index_units(model, IMAGE).untraced == (("block.1.0", "ConvTranspose2d is one piece"),)
     assert index_units(Around(nn.Identity()).eval(), IMAGE).untraced == ()
     check(model, inputs)
+
+
+def test_commands_name_every_piece() -> None:
+    console = Console(file=io.StringIO(), width=20)
+    print_untraced(index_units(Around(nn.ConvTranspose2d(6, 6, 3, padding=1)), IMAGE), console)
+    print_untraced(index_units(Around(nn.Identity()), IMAGE), console)
+    assert console.file.getvalue() == "Not traced, so without units: block.1.0 (ConvTranspose2d is one piece)\n"
 
 
 def test_weights_that_a_piece_shares_with_a_layer_are_refused(inputs: Tensor) -> None:
