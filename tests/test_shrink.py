@@ -239,6 +239,8 @@ def test_what_maps_zero_to_zero_lets_a_channel_go(name: str, randomised: Randomi
         (nn.GroupNorm(2, 6), "GroupNorm reads it"),
         (lambda x: x.flip(1), "flip reads it"),
         (lambda x: x.view(-1, 6, 8, 8), "view reads it"),
+        (lambda x: torch.cat([x.chunk(2, 1)[1], x.chunk(2, 1)[0]], 1), "chunk reads it"),
+        (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), "getitem reads it"),
         (lambda x: x * FACTORS, "mul reads it"),
         (nn.Conv2d(6, 6, 1, groups=2), "works in groups"),
     ],
