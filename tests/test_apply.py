@@ -26,7 +26,7 @@ from onp.checkpoints import load_checkpoint
 from onp.data import Normalisation
 from onp.errors import CheckpointError, ConfigError, MaskError, ModelError, OnpError
 from onp.export import export_onnx, export_program
-from onp.shrink import load_shrunk
+from onp.shrinking import load_shrunk
 
 ROOT = Path(__file__).parents[1]
 NETWORK = """

@@ -18,7 +18,7 @@ import onp
 from onp.errors import CheckpointError, ModelError
 from onp.masks import KeepMask, apply_mask
 from onp.models import build_model
-from onp.shrink import Shrunk, deviation, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
+from onp.shrinking import Shrunk, deviation, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
 from onp.units import index_units
 
 Randomise = Callable[..., nn.Module]
@@ -364,6 +364,7 @@ def test_what_is_written_is_small_and_comes_back(saved: Path, randomised: Random
     }
     original = Depthwise()
     loaded = onp.load_shrunk(original, str(saved))
+    assert onp.shrink is shrink is onp.shrink, "a module of that name would hide the function"
     torch.manual_seed(0)
     expected = shrunk_without(randomised(Depthwise()), "bn[2]", "bn[3]", "point[1]").model
     assert not loaded.training and original.point.out_channels == 5

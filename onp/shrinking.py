@@ -96,8 +96,9 @@ def _reason(found: ChannelMap, index: UnitIndex, unit: int) -> str | None:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def save_shrunk(shrunk: Shrunk, path: Path) -> None:
+def save_shrunk(shrunk: Shrunk, path: str | Path) -> None:
     """Write the weights as safetensors and, beside them (`.json`), the sizes of the layers that are smaller."""
+    path = Path(path)
     write_json(path.with_suffix(".json"), {"input_shape": shrunk.input_shape, "channels": shrunk.channels})
     save_weights(shrunk.model, path)
 
