@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, trace
+from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, trace, untraced
 
 _SUMS = {"add", "iadd", "add_", "sub", "isub", "sub_"}
 _PRODUCTS = {"mul", "imul", "mul_"}
@@ -83,7 +83,8 @@ class _Walk(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.modules = dict(graph_module.named_modules())
+        self.modules = dict(graph_module.named_modules(remove_duplicate=False))
+        self.untraced = {path for path, _ in untraced(graph_module)}
         self.shapes: dict[fx.Node, torch.Size] = {}
         self.channels: dict[fx.Node, Channels] = {}
         self.slots: dict[str, Slot] = {}
@@ -123,7 +124,8 @@ class _Walk(fx.Interpreter):
 
     def _visit(self, node: fx.Node, value: Tensor) -> Channels | None:
         """The channels of a node's value, but for what is zero; None where they cannot be followed."""
-        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        known_module = node.op == "call_module" and node.target not in self.untraced
+        module = self.modules[str(node.target)] if known_module else None
         name = operation(node, module)
         if node.op == "placeholder":
             return self._new(value.shape[1], "it is a channel of the image")

@@ -143,7 +143,7 @@ def image_axis(node: fx.Node) -> int | None:
 
 
 def operation(node: fx.Node, module: nn.Module | None) -> str:
-    """The name of what a node does: its module's class, else its function or method; "?" for a module not known."""
+    """The name of what a node does: the class of its `module` (None: one not known), else its function or method."""
     if module is None and node.op == "call_module":
-        return "?"
+        return f"module {node.target}"
     return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))

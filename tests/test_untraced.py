@@ -16,6 +16,7 @@ from onp.commands import print_untraced
 from onp.engine import Engine
 from onp.errors import ModelError
 from onp.masks import KeepMask, apply_mask, masked
+from onp.shrinking import shrink
 from onp.units import index_units
 
 IMAGE = (2, 8, 8)
@@ -166,6 +167,17 @@ def test_commands_name_every_piece() -> None:
     print_untraced(index_units(Around(nn.ConvTranspose2d(6, 6, 3, padding=1)), IMAGE), console)
     print_untraced(index_units(Around(nn.Identity()), IMAGE), console)
     assert console.file.getvalue() == "Not traced, so without units: block.1.0 (ConvTranspose2d is one piece)\n"
+
+
+@pytest.mark.parametrize("piece", [Branching(), ReLU(), Halving(6, 6, 1)])
+def test_channels_that_a_piece_reads_are_not_cut(
+    piece: nn.Module, inputs: Tensor, randomised: Callable[..., nn.Module]
+) -> None:
+    model = randomised(Around(piece))
+    index = index_units(model, IMAGE)  # norm 0-5, block.0 6-11, last 12-16
+    shrunk = shrink(model, KeepMask.all_kept(index).without([0, 6, 13]), inputs)
+    assert shrunk.removed == (0, 13) and shrunk.deviation < 1e-5
+    assert shrunk.kept_as_zeros[6].startswith("module block.1.0 reads it")
 
 
 def test_weights_that_a_piece_shares_with_a_layer_are_refused(inputs: Tensor) -> None:
