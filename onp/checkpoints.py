@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from onp.errors import CheckpointError
+from onp.errors import CheckpointError, FileError
 
 WRAPPERS = ("state_dict", "net", "model")
 """keys under which published checkpoints keep their weights"""
@@ -81,12 +81,17 @@ def _some(items: list[str], limit: int = 5) -> str:
     return (", ".join(items[:limit]) + rest) or "none"
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's state dict as safetensors, atomically."""
-    weights = {
+def plain_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, copied to the CPU, every tensor contiguous and in memory of its own."""
+    return {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in module.state_dict().items()
     }
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state dict as safetensors, atomically."""
+    weights = plain_weights(module)
     write_atomically(path, lambda temporary: safetensors.torch.save_file(weights, temporary))
 
 
@@ -114,3 +119,11 @@ def write_json(path: Path, content: Any) -> None:
     """Write readable JSON, atomically."""
     text = json.dumps(content, indent=1, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises `FileError` where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is no readable JSON ({error}); restore it") from error

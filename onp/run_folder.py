@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.ppo import LearningCurve
-from onp.checkpoints import save_weights, write_atomically, write_json
+from onp.checkpoints import read_json, save_weights, write_atomically, write_json
 from onp.errors import ConfigError
 from onp.inputs import InputConfig
 from onp.masks import KeepMask
@@ -62,6 +62,22 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise ConfigError(f"{self.path} is not a run folder: it has no readable config.json") from error
 
+    def bind(self, subject: str) -> None:
+        """Record what the run is about (`Purification.subject`); raises `ConfigError` where it was about another."""
+        path = self.file("subject.json")
+        if not path.exists():
+            write_json(path, {"sha256": subject})
+        elif read_json(path) != {"sha256": subject}:
+            raise ConfigError(
+                f"{self.path} was begun with another network, other images or another PyTorch; restore them, or give "
+                "another folder"
+            )
+
+    @property
+    def journal_dir(self) -> Path:
+        """Where methods that are not finished keep their journals."""
+        return self.file("journal")
+
     def save(self, result: MethodResult) -> None:
         """Write everything a method found; `methods/METHOD.json` comes last and says that the rest is there."""
         if result.agent is not None:
@@ -81,6 +97,7 @@ class RunFolder:
         if result.curve is not None:
             record["learning_curve"] = dataclasses.asdict(result.curve)
         write_json(self.file("methods", f"{result.method}.json"), record)
+        (self.journal_dir / result.method).unlink(missing_ok=True)
 
     def save_mask(self, method: str, mask: KeepMask) -> None:
         write_json(self.file("masks", f"{method}.json"), mask.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
@@ -65,7 +66,8 @@ def complete_run(config: TrainConfig, console: Console) -> RunFolder:
         inputs = _make_demonstration(config, folder, inputs, console)
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)
-    purification.log_dir = folder.file("tensorboard")
+    folder.bind(purification.subject)
+    purification.log_dir, purification.journal_dir = folder.file("tensorboard"), folder.journal_dir
     _defend(folder, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
@@ -124,6 +126,7 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
     purified = copy.deepcopy(purification.model)
     apply_mask(purified, result.mask)
     save_weights(purified, folder.file("purified.safetensors"))
+    shutil.rmtree(folder.journal_dir, ignore_errors=True)
 
 
 def _verdict(clues: dict[str, Any]) -> str:
