@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import networkx as nx
 
 from baselines_rnp.unlearn import unlearn
-from onp.checkpoints import write_atomically
+from onp.checkpoints import read_json, write_atomically
 from onp.commands import console, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
 from onp.engine import Engine
-from onp.errors import MaskError
+from onp.errors import FileError, MaskError
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
@@ -57,9 +56,9 @@ def _pruned(path: Path | None, index: UnitIndex) -> set[int]:
     if path is None:
         return set()
     try:
-        mask = KeepMask.from_json(index, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise MaskError(f"{str(path)!r} is not a readable mask ({error}); give masks/METHOD.json of a run") from error
+        mask = KeepMask.from_json(index, read_json(path))
+    except FileError as error:
+        raise MaskError(f"{error}, or give masks/METHOD.json of a run") from error
     return set((~mask.keep).nonzero().flatten().tolist())
 
 

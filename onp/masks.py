@@ -99,8 +99,9 @@ class KeepMask:
         """The inverse of `to_json`; raises `MaskError` where the record does not fit the network."""
         try:
             rule, units, pruned = record["rule"], record["units"], record["pruned"]
-        except (KeyError, TypeError) as error:
-            raise MaskError(f"not a mask record: {error} is missing") from error
+            order = [str(name) for name in record.get("order", [])]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MaskError(f"not a mask record: {error} is missing; expected rule, units and pruned") from error
         if rule not in ("zero", "gamma"):
             raise MaskError(f"unknown pruning rule {rule!r}; expected 'zero' or 'gamma'")
         if not isinstance(pruned, dict) or not all(isinstance(members, list) for members in pruned.values()):
@@ -114,11 +115,11 @@ class KeepMask:
             )
         keep = torch.ones(len(index), dtype=torch.bool)
         for name, members in pruned.items():
-            if any(not isinstance(i, int) or not 0 <= i < layers[name].size for i in members):
+            if any(type(i) is not int or not 0 <= i < layers[name].size for i in members):
                 raise MaskError(f"layer {name} has units 0 to {layers[name].size - 1}; the mask names {members}")
             keep[[layers[name].offset + i for i in members]] = False
         names = {index.name(unit): unit for unit in (~keep).nonzero().flatten().tolist()}
-        return cls(index, keep, rule, tuple(names[name] for name in record.get("order", []) if name in names))
+        return cls(index, keep, rule, tuple(names[name] for name in order if name in names))
 
 
 def apply_mask(model: nn.Module, mask: KeepMask) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from onp.checkpoints import save_weights, sha256, write_json
+from onp.checkpoints import read_json, save_weights, sha256, write_json
 from onp.commands import console, run_command
 from onp.data import labels_of
 from onp.errors import ConfigError
@@ -148,7 +147,7 @@ def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: i
 def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purification) -> dict[str, object]:
     config = inputs.config
     checkpoint = config.checkpoint
-    clues = json.loads(folder.file("clues.json").read_text())
+    clues = read_json(folder.file("clues.json"))
     labels = labels_of(judge.dataset) if judge.dataset is not None else []
     target = judge.trigger.target if judge.trigger is not None else None
     return {
@@ -169,7 +168,7 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
 
 
 def _show(folder: RunFolder) -> None:
-    report = json.loads(folder.file("report.json").read_text())
+    report = read_json(folder.file("report.json"))
     rows = [Row(**row) for row in report["rows"]]
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
     for row in rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from onp.bench.aggregates import MEASURES, SUBJECT, Cell
 from onp.bench.suite import Suspect, read_suites
 from onp.bench.table_report import Failure, Results, make_tables, percent, rating, write_table
+from onp.checkpoints import read_json
 from onp.commands import console
 from onp.errors import ConfigError, OnpError
 from onp.inputs import InputConfig
@@ -124,7 +124,7 @@ def _attempt(run: Run) -> list[Cell] | Failure:
     """Do what is left of a run, and read its cells; whatever goes wrong with it is its own matter."""
     try:
         folder = complete_run(run.options, Console(quiet=True))
-        return read_cells(run, json.loads(folder.file("report.json").read_text()))
+        return read_cells(run, read_json(folder.file("report.json")))
     except Exception as error:
         ours = isinstance(error, OnpError)
         text = str(error) if ours else f"{type(error).__name__}: {error}"
