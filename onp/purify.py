@@ -29,7 +29,7 @@ from onp.data import DefenceData
 from onp.engine import ActivationCache
 from onp.errors import ConfigError, DataError, ModelError
 from onp.graph import EDGE_FEATURES, FEATURES
-from onp.journal import Journal
+from onp.journal import Journal, Values
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
 
@@ -116,7 +116,7 @@ class Purification:
     def subject(self) -> str:
         """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, PyTorch, threads."""
         data, config = self.data, self.config
-        settings = config.seed, config.env, data.num_classes, data.normalise, str(data.images.device)
+        settings = config.seed, config.env, config.rnp, data.num_classes, data.normalise, str(data.images.device)
         about = (str(self.model), settings, torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
         for name, tensor in {**plain_weights(self.model), "images": data.images, "labels": data.labels}.items():
@@ -173,20 +173,24 @@ class Purification:
         return curve, agent
 
     def _run_rnp(self) -> MethodResult:
-        start = time.perf_counter()
-        config = self.config
+        start, config, journal = time.perf_counter(), self.config, self._journal("rnp")
+
+        def learn() -> Values:
+            return {"values": run_rnp(self.model, self.index, self.data, config.rnp, config.seed).values}
+
         try:
-            result = run_rnp(self.model, self.index, self.data, config.rnp, config.seed)
+            values = journal.recall("values", learn)["values"]
         except ModelError as error:
             return MethodResult("rnp", None, note=str(error))
         limit = config.rnp.max_accuracy_drop
-        threshold, mask = choose_threshold(self.model, self.index, result.values, self.data, limit, self.cache)
+        threshold, mask = choose_threshold(self.model, self.index, values, self.data, limit, self.cache)
         note = (
             f"threshold {threshold}"
             if threshold is not None
             else f"every threshold loses more than {limit:.0%} accuracy"
         )
-        return MethodResult("rnp", mask, 0, time.perf_counter() - start, note, rnp_values=result.values)
+        seconds = time.perf_counter() - start + journal.seconds
+        return MethodResult("rnp", mask, 0, seconds, note, rnp_values=values)
 
     def _held_out_objective(self, clues: Clues) -> Objective:
         return Objective(self.model, clues, self.index, self.held_out, self.config.env.reward, cache=self.cache)

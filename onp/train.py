@@ -40,8 +40,12 @@ def train(config: TrainConfig) -> None:
     _show(complete_run(config, console))
 
 
-def complete_run(config: TrainConfig, console: Console) -> RunFolder:
-    """Do what is left of a run: purify, judge, write the report. `console` shows how far it is."""
+def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None = None) -> RunFolder:
+    """Do what is left of a run: purify, judge, write the report. `console` shows how far it is.
+
+    Journals of what is computed lie in `journal_dir`, which runs may share and the caller removes; or in the run folder
+    until the run is done.
+    """
     config = replace(config.resolved(), run_dir=_run_dir(config))
     assert config.run_dir is not None
     demonstration = config.checkpoint is None
@@ -66,7 +70,7 @@ def complete_run(config: TrainConfig, console: Console) -> RunFolder:
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)
     folder.bind(purification.subject)
-    purification.log_dir, purification.journal_dir = folder.file("tensorboard"), folder.journal_dir
+    purification.log_dir, purification.journal_dir = folder.file("tensorboard"), journal_dir or folder.journal_dir
     _defend(folder, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)

@@ -175,6 +175,27 @@ def test_a_killed_method_goes_on_and_ends_the_same(
         assert outcome(purification(tmp_path).run(method)) == outcome(expected)
 
 
+@pytest.mark.parametrize("method", ["rnp", "random", "ranked", "greedy", "onp"])
+def test_what_one_budget_computed_is_there_for_another(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    purification: Callable[[Path | None], Purification],
+    method: str,
+) -> None:
+    whole = purification(None)
+    smaller = replace(whole.config, budget=16)
+    Purification(whole.model, whole.data, smaller, journal_dir=tmp_path).run(method)
+    records, append = list[bytes](), Journal._append
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Journal, "_append", lambda self, path, record: records.append(record) or append(self, path, record)
+        )
+        result = purification(tmp_path).run(method)
+    assert outcome(result) == outcome(whole.run(method))
+    if method != "greedy":  # which looks at more per step where the budget is larger
+        assert len(records) <= (0 if method == "rnp" else 50 - 16 + 2)
+
+
 def test_the_subject_is_all_that_scores_depend_on(purification: Callable[[Path | None], Purification]) -> None:
     one = purification(None)
     assert one.subject == purification(None).subject
