@@ -129,7 +129,12 @@ def _read_array(path: Path, shape: tuple[int | None, ...], low: float = 0, high:
     Images fit shapes of (channels, height, width).
     """
     if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
+        except OSError:
+            raise
+        except Exception as error:  # numpy reads the header as Python source, and lets out what that raises
+            raise DataError(f"trigger pattern {path} is no plain .npy array ({str(error)[:120]})") from error
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
             raise DataError(f"trigger pattern {path} is {getattr(array, 'dtype', 'an archive')}; expected real numbers")
     else:
