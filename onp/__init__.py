@@ -16,6 +16,8 @@ import envs as envs  # registers onp/NeuronPruning-v0
 
 if TYPE_CHECKING:
     from onp.data import DefenceData as DefenceData
+    from onp.export import export_onnx as export_onnx
+    from onp.export import export_program as export_program
     from onp.inputs import load_defence_data as load_defence_data
     from onp.inputs import load_model as load_model
     from onp.masks import KeepMask as KeepMask
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from onp.masks import masked as masked
     from onp.purify import PurifyConfig as PurifyConfig
     from onp.purify import purify as purify
+    from onp.shrink import load_shrunk as load_shrunk
+    from onp.shrink import save_shrunk as save_shrunk
+    from onp.shrink import shrink as shrink
     from onp.units import UnitIndex as UnitIndex
     from onp.units import index_units as index_units
 
@@ -32,11 +37,16 @@ _HOMES = {
     "PurifyConfig": "onp.purify",
     "UnitIndex": "onp.units",
     "apply_mask": "onp.masks",
+    "export_onnx": "onp.export",
+    "export_program": "onp.export",
     "index_units": "onp.units",
     "load_defence_data": "onp.inputs",
     "load_model": "onp.inputs",
+    "load_shrunk": "onp.shrink",
     "masked": "onp.masks",
     "purify": "onp.purify",
+    "save_shrunk": "onp.shrink",
+    "shrink": "onp.shrink",
 }
 __all__ = list(_HOMES)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from onp.errors import OnpError
+from onp.units import UnitIndex
 
 Config = TypeVar("Config")
 console = Console()
@@ -39,6 +40,12 @@ def release_freed_memory() -> None:
     """Have glibc give back what it kept; elsewhere, nothing."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def print_untraced(index: UnitIndex, console: Console) -> None:
+    """One line for every module of a network whose inside has no units."""
+    for path, reason in index.untraced:
+        console.print(f"Not traced, so without units: {path} ({reason})", soft_wrap=True, highlight=False)
 
 
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:

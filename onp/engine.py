@@ -21,6 +21,7 @@ from torch.func import functional_call
 from onp.errors import ModelError
 from onp.gated import GatedNetwork
 from onp.masks import KeepMask, Rule
+from onp.tracing import image_axis
 from onp.units import UnitIndex
 
 SPARSE = 32
@@ -176,7 +177,9 @@ class Engine:
         chunk = len(self._chunks[0])
         for i, (slope, part) in enumerate(zip(slopes.split(chunk), effects.split(chunk), strict=True)):
             known = self._values(recalled, mask, range(i, i + 1))
-            self._add_effects(part, {node: known[node][-1][: len(slope)] for node in recalled}, i, slope, mask)
+            images = len(self._chunks[i])  # of which a value may have several rows each
+            cut = {node: value[: len(value) * len(slope) // images] for node, (value,) in known.items()}
+            self._add_effects(part, cut, i, slope, mask)
         return effects.cpu()
 
     def _add_effects(
@@ -203,9 +206,15 @@ class Engine:
         gradients = torch.autograd.grad(total, [value for _, value in gated], allow_unused=True)
         for (node, value), gradient in zip(gated, gradients, strict=True):
             if gradient is not None:
-                layer, axis = network.layer_of[node], network.axis(node)
-                change = (value.detach() * gradient).movedim(axis, -1).reshape(len(slope), -1, layer.size)
-                effects[:, layer.offset : layer.offset + layer.size] -= change.sum(1)
+                layer, images = network.layer_of[node], image_axis(node)
+                change = value.detach() * gradient
+                if images is None:  # the same for all images, which share its change
+                    change, images = change.unsqueeze(0).expand(len(slope), *change.shape) / len(slope), 0
+                    change = change.movedim(network.axis(node) + 1, -1)
+                else:
+                    change = change.movedim((images, network.axis(node)), (0, -1))
+                by_entry = change.reshape(len(slope), -1, layer.size * layer.width).sum(1)
+                effects[:, layer.offset : layer.offset + layer.size] -= by_entry.unflatten(1, (-1, layer.width)).sum(2)
 
     # --- values -------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ outgoing strengths for units without kernels (`batch_norm`, `linear_input`), lim
 | `weight_change`                          | `unlearning_signal`, 0 without an unlearned copy               | layer    |
 | `effect_...` (see `EFFECTS`)             | first-order effects of pruning the unit, 0 where not given     | network  |
 | `position`                               | number of the layer, from 0 (first) to 1 (last)                | as it is |
-| `kind_conv`, ..., `kind_linear_input`    | one-hot `UnitLayer.kind`                                       | as it is |
+| `kind_conv`, ..., `kind_linear_input`    | one-hot `UnitLayer.kind`; all 0 for heads                      | as it is |
 
 Scale `layer`: mean 0 and variance 1 over the layer's units. Scale `network`: divided by the root mean square over all
 units, so that 0 stays "no effect". Both are cut off at +-10; no variance gives 0.
@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import networkx as nx
 import torch
@@ -31,15 +32,17 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.utils import coalesce
 
+from onp.attention import heads_alone, value_kernels
 from onp.errors import ConfigError
-from onp.units import KINDS, Reads, UnitIndex, UnitLayer
+from onp.flow import Reads
+from onp.units import KINDS, UnitIndex, UnitLayer
 
 ACTIVATIONS = ("activation_mean", "activation_std", "activation_positive", "activation_max")
 EFFECTS = ("score", "clean_fidelity", "unlearning", "trigger_resistance", "clean_loss")
 """effects that `build_graph` takes: on the potential, on its terms, on the clean cross-entropy"""
 FEATURES: tuple[str, ...] = (
     *ACTIVATIONS, "gamma", "incoming_strength", "outgoing_strength", "weight_change",
-    *(f"effect_{effect}" for effect in EFFECTS), "position", *(f"kind_{kind}" for kind in KINDS),
+    *(f"effect_{effect}" for effect in EFFECTS), "position", *(f"kind_{kind}" for kind in KINDS[:-1]),
 )  # fmt: skip
 """node features: the columns of `Data.x`"""
 EDGE_FEATURES: tuple[str, ...] = ("weight", "similarity", "backward")
@@ -98,7 +101,12 @@ def build_graph(
 
 
 def connection_strengths(module: nn.Module) -> Tensor:
-    """L1 norms of a convolution's or linear layer's kernels (ONP), shape (outputs, inputs); 0 across groups."""
+    """L1 norms of a convolution's or linear layer's kernels (ONP), shape (outputs, inputs); 0 across groups.
+
+    A head's kernel is its part of the value projection: of an attention they have shape (heads, inputs).
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return value_kernels(module).detach().float().cpu().abs().unflatten(0, (module.num_heads, -1)).sum(1)
     weight = module.get_parameter("weight").detach().float().cpu()
     kernels = weight.flatten(2).abs().sum(2) if weight.ndim > 2 else weight.abs()
     groups = getattr(module, "groups", 1)
@@ -115,6 +123,10 @@ def _outgoing_strengths(index: UnitIndex, model: nn.Module) -> tuple[dict[int, T
     squares = torch.zeros(len(index))
     readers = [(layer.weight, number, layer.reads) for number, layer in enumerate(index)]
     readers += [(output.module, -1, output.reads) for output in index.outputs]
+    for layer in index:
+        if layer.kind == "head":
+            columns = torch.tensor(layer.units).repeat_interleave(layer.width)
+            readers.append((f"{layer.module}.out_proj", -1, Reads(-1, (columns,))))
     matrices: dict[int, Tensor] = {}
     for weight, number, reads in reversed(readers):
         if weight is None:
@@ -186,14 +198,14 @@ def _join(edges: list[Edges], nodes: int) -> Edges:
 
 
 def unlearning_signal(before: nn.Module, after: nn.Module, index: UnitIndex) -> Tensor:
-    """Mean absolute weight change per unit, shape (N,), over its gates and the kernels that write it.
+    """Mean absolute weight change per unit, shape (N,), over its gates and the kernels that write it (heads: gates).
 
     `after` comes from RNP unlearning (arXiv 2305.14876, section 3).
     """
     signal = torch.zeros(len(index))
     for layer in index:
         slices = dict(layer.gates)
-        if layer.weight is not None:
+        if layer.weight is not None and layer.kind != "head":
             slices[f"{layer.weight}.weight"] = 0
         total, entries = torch.zeros(layer.size), 0
         for name, axis in slices.items():
@@ -213,8 +225,10 @@ def activation_statistics(index: UnitIndex, model: nn.Module, inputs: Tensor, ba
     sums = torch.zeros(len(index), 4, dtype=torch.double)  # of 1, x, x^2 and x > 0
     maxima = torch.full((len(index),), -torch.inf)
 
-    def record(layer: UnitLayer, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        axis = -1 if layer.kind in ("linear", "linear_input") and layer.batch_norm is None else 1
+    def record(layer: UnitLayer, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        axis = 1 if layer.kind in ("conv", "batch_norm") or layer.batch_norm is not None else -1
+        if isinstance(module, nn.MultiheadAttention):
+            output = heads_alone(module)(*args, **kwargs)[0].unflatten(-1, (layer.size, layer.width)).transpose(-1, -2)
         values = (args[0] if layer.kind == "linear_input" else output).float().movedim(axis, 0).flatten(1)
         variance, mean = (moment.cpu().double() for moment in torch.var_mean(values, 1, correction=0))
         positive = (values > 0).float().mean(1).cpu().double()
@@ -223,7 +237,10 @@ def activation_statistics(index: UnitIndex, model: nn.Module, inputs: Tensor, ba
         maxima[layer.units] = torch.maximum(maxima[layer.units], values.amax(1).cpu())
 
     modes = {module: module.training for module in model.modules()}
-    hooks = [model.get_submodule(layer.module).register_forward_hook(partial(record, layer)) for layer in index]
+    hooks = [
+        model.get_submodule(layer.module).register_forward_hook(partial(record, layer), with_kwargs=True)
+        for layer in index
+    ]
     try:
         model.eval()
         for batch in torch.split(inputs, batch_size):
@@ -261,7 +278,7 @@ def _features(
         effect = _finite(effects.get(name, torch.zeros(n)))
         columns[f"effect_{name}"] = effect / effect.square().mean().sqrt().clamp(min=1e-30)
     columns["position"] = index.layer_of / max(1, len(index.layers) - 1)
-    for kind in KINDS:
+    for kind in KINDS[:-1]:
         columns[f"kind_{kind}"] = torch.tensor([layer.kind == kind for layer in index])[index.layer_of]
     return torch.stack([_finite(columns[name]).clamp(-10, 10) for name in FEATURES], 1).float()
 

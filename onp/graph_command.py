@@ -8,17 +8,16 @@ from pathlib import Path
 import networkx as nx
 
 from baselines_rnp.unlearn import unlearn
-from onp.checkpoints import read_json, write_atomically
-from onp.commands import console, run_command
+from onp.checkpoints import write_atomically
+from onp.commands import console, print_untraced, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
 from onp.engine import Engine
-from onp.errors import FileError, MaskError
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
 from onp.purify import check_network
-from onp.units import UnitIndex, index_units
+from onp.units import index_units
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,9 @@ def draw(config: GraphCommandConfig) -> None:
     inputs = open_inputs(config.resolved())
     data = inputs.defence_data()
     index = index_units(inputs.model, data.input_shape)
+    print_untraced(index, console)
     check_network(inputs.model, data)
-    pruned = _pruned(config.mask, index)
+    pruned = set(KeepMask.load(index, config.mask).pruned) if config.mask else set()
     unlearned = unlearn(inputs.model, data, config.unlearn, config.seed).model
     engine = Engine(inputs.model, index, data.inputs)
     effects = {"clean_loss": engine.effects(KeepMask.all_kept(index), data.cross_entropy).sum(0)}
@@ -50,16 +50,6 @@ def draw(config: GraphCommandConfig) -> None:
     write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))
     console.print(f"{len(index)} units in {len(index.layers)} layers, {graph.number_of_edges()} edges")
     console.print(f"{config.out / 'graph.png'}\n{config.out / 'graph.graphml'}")
-
-
-def _pruned(path: Path | None, index: UnitIndex) -> set[int]:
-    if path is None:
-        return set()
-    try:
-        mask = KeepMask.from_json(index, read_json(path))
-    except FileError as error:
-        raise MaskError(f"{error}, or give masks/METHOD.json of a run") from error
-    return set((~mask.keep).nonzero().flatten().tolist())
 
 
 def main() -> None:

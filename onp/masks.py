@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from onp.errors import MaskError
+from onp.checkpoints import read_json
+from onp.errors import FileError, MaskError
 from onp.units import UnitIndex
 
 Rule = Literal["zero", "gamma"]
@@ -121,6 +123,15 @@ class KeepMask:
         names = {index.name(unit): unit for unit in (~keep).nonzero().flatten().tolist()}
         return cls(index, keep, rule, tuple(names[name] for name in order if name in names))
 
+    @classmethod
+    def load(cls, index: UnitIndex, path: Path) -> KeepMask:
+        """Read `masks/METHOD.json` of a run; raises `MaskError` where it cannot be read or does not fit the network."""
+        try:
+            record = read_json(path)
+        except FileError as error:
+            raise MaskError(f"{error}, or give masks/METHOD.json of a run") from error
+        return cls.from_json(index, record)
+
 
 def apply_mask(model: nn.Module, mask: KeepMask) -> None:
     """Prune `model` in place, for good; keys and shapes of its state dict stay."""
@@ -153,4 +164,4 @@ def _zeroed(model: nn.Module, mask: KeepMask) -> Iterator[tuple[nn.Parameter, in
             gates = layer.gates if mask.rule == "zero" else layer.gates[:1]
             for name, axis in gates:
                 parameter = model.get_parameter(name)
-                yield parameter, axis, units.to(parameter.device)
+                yield parameter, axis, layer.entries(units).to(parameter.device)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from onp.checkpoints import read_json, save_weights, sha256, write_json
-from onp.commands import console, run_command
+from onp.commands import console, print_untraced, run_command
 from onp.data import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
@@ -71,6 +71,7 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
         purification = Purification(inputs.model, inputs.defence_data(), config)
     folder.bind(purification.subject)
     purification.log_dir, purification.journal_dir = folder.file("tensorboard"), journal_dir or folder.journal_dir
+    print_untraced(purification.index, console)
     _defend(folder, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)

@@ -2,8 +2,9 @@
 
 A *unit* is an output channel of a convolution (with the batch-norm that alone reads it), a channel of a
 batch-norm that reads anything else (a residual sum, a concatenation), a neuron of a hidden linear layer,
-or one input position of a linear layer behind a flatten. Units are found by tracing with `torch.fx`, so
-no table of architectures is needed. Output layers (what produces the logits) hold no units.
+one input position of a linear layer behind a flatten, or a head of `nn.MultiheadAttention`. Units are found by
+tracing with `torch.fx`, so no table of architectures is needed. Output layers (what produces the logits) hold no
+units, nor does a submodule that cannot be traced (`UnitIndex.untraced`): it is computed as it is.
 
 Pruning a unit makes its output exactly zero, by zeroing parameters (its *gates*):
 
@@ -13,60 +14,30 @@ Pruning a unit makes its output exactly zero, by zeroing parameters (its *gates*
 | `batch_norm`   | gamma and beta: only what reads the batch-norm sees the change               |
 | `linear`       | like `conv`: the batch-norm behind it, else weight row and bias              |
 | `linear_input` | the weight column of that position                                          |
+| `head`         | the head's weight columns of the output projection                          |
 
 Channels that a residual addition (or a product, as in squeeze-and-excitation) ties together form a *group*.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from onp.attention import is_output
 from onp.errors import ModelError
-from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, shape_of, trace
+from onp.flow import ChannelFlow, Reads, is_merge
+from onp.tracing import BATCH_NORMS, CONVOLUTIONS, shape_of, trace, untraced
 
-UnitKind = Literal["conv", "batch_norm", "linear", "linear_input"]
-KINDS: tuple[UnitKind, ...] = ("conv", "batch_norm", "linear", "linear_input")
+UnitKind = Literal["conv", "batch_norm", "linear", "linear_input", "head"]
+KINDS: tuple[UnitKind, ...] = ("conv", "batch_norm", "linear", "linear_input", "head")
 
 _CHANNELWISE = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.PReLU)
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_REORDERINGS = (
-    "permute",
-    "transpose",
-    "movedim",
-    "swapaxes",
-    "unflatten",
-    "chunk",
-    "split",
-    "getitem",
-    "unbind",
-    "flip",
-)
-_SHUFFLES = ("roll", "channel_shuffle", "ChannelShuffle", "pixel_shuffle", "PixelShuffle")
-_MIXINGS = ("matmul", "mm", "bmm", "einsum", "linear", "conv1d", "conv2d", "conv3d")
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What arrives at the input channels of a module.
-
-    Each tensor of `units` has shape (channels,) and holds, per input channel, the unit that writes it
-    (-1: none). There are several where residual additions overlay several writers.
-    """
-
-    axis: int
-    units: tuple[Tensor, ...]
-    positions: int = 1
-    """input positions per channel: height x width behind a flatten, else 1"""
-    flattened: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,24 +45,32 @@ class UnitLayer:
     """Units of one kind in one module; unit `i` of the layer is unit `offset + i` of the index."""
 
     name: str
-    """module path (that of the batch-norm where one gates the units; with `.input` for input positions)"""
+    """module path (that of the batch-norm where one gates the units; with `.input` for input positions, `.heads`
+    for heads)"""
     kind: UnitKind
     offset: int
     size: int
     gates: tuple[tuple[str, int], ...]
     """parameters to zero, each with the axis that runs over the units"""
     weight: str | None
-    """module path of the kernels that write the units (None where a unit only gates what it reads)"""
+    """module path of the kernels that write the units (None where a unit only gates what it reads); the attention's for
+    heads"""
     batch_norm: str | None
     """module path of the batch-norm that gates the units"""
     module: str
-    """path of the module whose output (input, for `linear_input`) the units are"""
+    """path of the module whose output (input, for `linear_input`) the units are; for heads, the attention's"""
     reads: Reads | None
     """what the layer reads; None where the trace lost track of it"""
+    width: int = 1
+    """entries of a gate's axis that belong to one unit, side by side: the dimension of a head, else 1"""
 
     @property
     def units(self) -> range:
         return range(self.offset, self.offset + self.size)
+
+    def entries(self, units: Tensor) -> Tensor:
+        """Where the gates' axis holds `units`, which count from the layer's first."""
+        return (units.unsqueeze(1) * self.width + torch.arange(self.width)).flatten()
 
 
 @dataclass(frozen=True)
@@ -110,6 +89,8 @@ class UnitIndex:
     outputs: tuple[OutputLayer, ...]
     groups: Tensor
     """(N,) int64: units with equal numbers are tied by residual additions"""
+    untraced: tuple[tuple[str, str], ...] = ()
+    """modules whose inside could not be traced, so that there are no units in them: path and reason"""
 
     def __len__(self) -> int:
         return sum(layer.size for layer in self.layers)
@@ -153,13 +134,15 @@ class _Tracing:
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...]) -> None:
         self.type_name = type(model).__name__
         self.graph_module = trace(model, input_shape)
-        self.modules = dict(self.graph_module.named_modules())
+        self.modules = dict(self.graph_module.named_modules(remove_duplicate=False))
+        self.untraced = {path for path, _ in untraced(self.graph_module)}
         self.output_nodes = self._output_nodes()
         self.layers: list[UnitLayer] = []
         self.outputs: list[OutputLayer] = []
         self.size = 0
         self.parent: list[int] = []
         self.reads: dict[fx.Node, Reads | None] = {}
+        self.flow = ChannelFlow(self.reads)
         self.indexed: set[str] = set()
 
     def index(self) -> UnitIndex:
@@ -170,7 +153,8 @@ class _Tracing:
                 f"{self.type_name} has no prunable unit: no hidden convolution, batch-norm or linear layer"
             )
         roots = torch.tensor([self._root(unit) for unit in range(self.size)])
-        return UnitIndex(tuple(self.layers), tuple(self.outputs), torch.unique(roots, return_inverse=True)[1])
+        groups = torch.unique(roots, return_inverse=True)[1]
+        return UnitIndex(tuple(self.layers), tuple(self.outputs), groups, untraced(self.graph_module))
 
     # --- which modules produce the logits -------------------------------------------------------------
 
@@ -189,15 +173,20 @@ class _Tracing:
         return {node for node in found if isinstance(self._module(node), (nn.Linear, *CONVOLUTIONS))}
 
     def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[str(node.target)] if node.op == "call_module" else None
+        """The module that a node calls, where one is known to do what its class does."""
+        known = node.op == "call_module" and node.target not in self.untraced
+        return self.modules[str(node.target)] if known else None
 
     # --- following channels ---------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> Reads | None:
         """The units that the channels of the node's output carry; None where that is unknown."""
-        if shape_of(node) is None:
-            return None
         module = self._module(node)
+        if module is None and node.op == "call_module":
+            return None
+        if isinstance(module, nn.MultiheadAttention):
+            self._visit_attention(node, module)
+            return None
         if isinstance(module, CONVOLUTIONS):
             return self._visit_weighted(node, module, axis=1, size=module.out_channels)
         if isinstance(module, nn.Linear):
@@ -210,7 +199,18 @@ class _Tracing:
             and any(True for _ in module.parameters())
         ):
             return None
-        return self._visit_plain(node)
+        reads = self.flow.follow(node, module)
+        if reads is not None and is_merge(node):
+            self._tie(reads)
+        return reads
+
+    def _visit_attention(self, node: fx.Node, module: nn.MultiheadAttention) -> None:
+        path = str(node.target)
+        value = node.args[2] if len(node.args) > 2 else node.kwargs.get("value")
+        if path not in self.output_path and any(is_output(user) for user in node.users):
+            reads = self.reads[value] if isinstance(value, fx.Node) else None
+            gates, width = ((f"{path}.out_proj.weight", 1),), module.head_dim
+            self._add_layer(f"{path}.heads", "head", module.num_heads, gates, path, None, path, reads, -1, width)
 
     def _visit_weighted(self, node: fx.Node, module: nn.Module, axis: int, size: int) -> Reads | None:
         reads = self._input(node)
@@ -273,85 +273,28 @@ class _Tracing:
         module: str,
         reads: Reads | None,
         axis: int,
+        width: int = 1,
     ) -> Reads | None:
         if name in self.indexed:  # a module called twice is one set of units
             return None
         self.indexed.add(name)
-        parameters = dict(self.graph_module.named_parameters())
+        parameters = dict(self.graph_module.named_parameters(remove_duplicate=False))
         if computed := [gate for gate, _ in gates if gate not in parameters]:
             raise ModelError(
                 f"{computed[0]} is no plain parameter; remove the parametrization (weight_norm, ...) first"
             )
-        self.layers.append(UnitLayer(name, kind, self.size, size, gates, weight, batch_norm, module, reads))
+        self.layers.append(UnitLayer(name, kind, self.size, size, gates, weight, batch_norm, module, reads, width))
         units = torch.arange(self.size, self.size + size)
         self.size += size
         self.parent.extend(units.tolist())
         return Reads(axis, (units,))
 
-    def _visit_plain(self, node: fx.Node) -> Reads | None:
-        """Parameter-free operations: sums, concatenations, flattens, and whatever keeps channels in place."""
-        module = self._module(node)
-        name = operation(node, module)
-        shape = _require_shape(node)
-        carried = [reads for source in node.all_input_nodes if (reads := self.reads[source]) is not None]
-        if not carried:
-            return None
-        if node.target in _SUMS or node.target in _PRODUCTS:
-            return self._merge(carried, shape)
-        if name in ("cat", "concat", "concatenate"):
-            return self._concatenate(node)
-        first, source_shape = carried[0], _require_shape(node.all_input_nodes[0])
-        if len(carried) > 1 or name in (*_REORDERINGS, *_SHUFFLES, *_MIXINGS):
-            return self._permuted(node, first) if name == "permute" else None
-        channels = first.units[0].numel()
-        if len(shape) == 2 and len(source_shape) > 2 and first.axis == 1 and shape[1] == prod(source_shape[1:]):
-            positions = prod(source_shape[2:])
-            spread = tuple(units.repeat_interleave(positions) for units in first.units)
-            return Reads(1, spread, positions, flattened=True)
-        kept = first.axis < len(shape) and shape[first.axis] == channels
-        return first if kept else None
-
-    def _merge(self, carried: list[Reads], shape: tuple[int, ...]) -> Reads | None:
-        first = carried[0]
-        width = shape[first.axis] if first.axis < len(shape) else -1
-        if any(reads.axis != first.axis or reads.units[0].numel() != width for reads in carried):
-            return None
-        merged = list(first.units)
-        for reads in carried[1:]:
-            merged += [units for units in reads.units if not any(torch.equal(units, known) for known in merged)]
-        for writers in zip(*(units.tolist() for units in merged), strict=True):
+    def _tie(self, reads: Reads) -> None:
+        """Units that write the same channel are of one group."""
+        for writers in zip(*(units.tolist() for units in reads.units), strict=True):
             known = [unit for unit in writers if unit >= 0]
             for unit in known[1:]:
                 self.parent[self._root(unit)] = self._root(known[0])
-        return Reads(first.axis, tuple(merged), first.positions, first.flattened)
-
-    def _concatenate(self, node: fx.Node) -> Reads | None:
-        sources = node.args[0] if node.args else node.kwargs["tensors"]
-        axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if not isinstance(sources, (list, tuple)) or not isinstance(axis, int):
-            return None
-        axis %= len(_require_shape(node))
-        parts = [(self.reads[s], _require_shape(s)[axis]) for s in sources if isinstance(s, fx.Node)]
-        if any(reads is not None and reads.axis != axis for reads, _ in parts):
-            return None
-        depth = max((len(reads.units) for reads, _ in parts if reads is not None), default=0)
-        empty = [torch.full((width,), -1) for _, width in parts]
-        overlays = []
-        for level in range(depth):
-            pieces = [
-                reads.units[level] if reads is not None and level < len(reads.units) else blank
-                for (reads, _), blank in zip(parts, empty, strict=True)
-            ]
-            overlays.append(torch.cat(pieces))
-        known = [reads for reads, _ in parts if reads is not None]
-        positions, flattened = max((r.positions for r in known), default=1), any(r.flattened for r in known)
-        return Reads(axis, tuple(overlays), positions, flattened) if overlays else None
-
-    def _permuted(self, node: fx.Node, reads: Reads) -> Reads | None:
-        order: Any = node.args[1:] or tuple(node.kwargs.values())[-1:]
-        order = order[0] if len(order) == 1 else order
-        ndim = len(_require_shape(node))
-        return Reads([int(axis) % ndim for axis in order].index(reads.axis), reads.units)
 
     def _input(self, node: fx.Node) -> Reads | None:
         return self.reads[node.all_input_nodes[0]] if node.all_input_nodes else None

@@ -1,4 +1,4 @@
-"""`python -m onp.bench engine`, `table` or `terms`: speed of the engine; networks x methods; what rewards predict."""
+"""`python -m onp.bench engine`, `networks`, `table` or `terms`: benchmarks, each described by its own `--help`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from onp.commands import run_command
 
-BENCHES = ("engine", "table", "terms")
+BENCHES = ("engine", "networks", "table", "terms")
 
 
 def main() -> None:
@@ -16,6 +16,10 @@ def main() -> None:
         from onp.bench.engine import EngineBenchConfig, run_engine_bench  # behind the warning filter of onp.commands
 
         run_command(EngineBenchConfig, run_engine_bench, "onp.bench engine")
+    elif name == "networks":
+        from onp.bench.networks import NetworksConfig, run_networks  # likewise
+
+        run_command(NetworksConfig, run_networks, "onp.bench networks")
     elif name == "table":
         from onp.bench.table import TableConfig, run_table  # likewise
 

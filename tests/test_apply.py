@@ -1,0 +1,281 @@
+"""`python -m onp.apply` and the files that it writes: what each holds, that all agree, that none is half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onp import apply as command
+from onp.apply import ApplyConfig, apply
+from onp.checkpoints import load_checkpoint
+from onp.data import Normalisation
+from onp.errors import CheckpointError, ConfigError, MaskError, ModelError, OnpError
+from onp.export import export_onnx, export_program
+from onp.shrink import load_shrunk
+
+ROOT = Path(__file__).parents[1]
+NETWORK = """
+from torch import nn
+
+def tiny():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3)
+    )
+
+def other():
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3))
+"""
+MASK = {"rule": "zero", "units": 4 + 5 + 180, "units_pruned": 3, "pruned": {"1": [2], "6.input": [0, 1]}, "order": []}
+"""channel 2 of the first convolution can go; two of the 36 input positions of a channel cannot"""
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+FILES = {
+    *("deploy.json", "model.onnx", "program.pt2", "purified.safetensors", "shrunk.json", "shrunk.safetensors"),
+}
+
+
+def tiny() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(180, 3)
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network with random statistics, images, and the mask."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "network.py").write_text(NETWORK)
+    torch.manual_seed(0)
+    network = tiny()
+    for value in network[1].state_dict().values():
+        if value.ndim:
+            value.copy_(0.5 + torch.rand(4))
+    safetensors.torch.save_file(network.state_dict(), folder / "weights.safetensors")
+    for number in range(9):
+        path = folder / "images" / "train" / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()).save(path)
+    (folder / "mask.json").write_text(json.dumps(MASK))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(inputs: Path) -> nn.Module:
+    """The masked network, pruned here by hand."""
+    network = tiny()
+    load_checkpoint(network, inputs / "weights.safetensors")
+    with torch.no_grad():
+        network[1].weight[2] = network[1].bias[2] = 0
+        network[6].weight[:, :2] = 0
+    return network.eval()
+
+
+def options(inputs: Path, out: Path) -> ApplyConfig:
+    return ApplyConfig(
+        model=f"{inputs / 'network.py'}:tiny", checkpoint=inputs / "weights.safetensors", mask=inputs / "mask.json",
+        data=str(inputs / "images"), defence_size=9, mean=MEAN, std=STD, threads=1, out=out,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deployed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files, written by the command in a process of its own, in which a warning is an error."""
+    out = tmp_path_factory.mktemp("deployed") / "new" / "out"
+    paths = {
+        "--model": "network.py:tiny",
+        "--checkpoint": "weights.safetensors",
+        "--mask": "mask.json",
+        "--data": "images",
+    }
+    arguments = [part for option, name in paths.items() for part in (option, str(inputs / name))]
+    arguments += ["--defence-size", "9", "--threads", "1", "--out", str(out)]
+    arguments += ["--mean", *map(str, MEAN), "--std", *map(str, STD)]
+    script = "import atexit, runpy, sys; atexit.register(lambda: print('attacks', 'onp.attacks' in sys.modules)); "
+    script += "runpy.run_module('onp.apply', run_name='__main__', alter_sys=True)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True,
+        timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 of 189 units pruned: 1 removed, 2 stay as zeros" in done.stdout
+    assert "6.input [0, 1]: an input position goes with its whole channel alone: 6 still reads it" in done.stdout
+    assert "attacks False" in done.stdout
+    return out
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
+
+
+def expected(network: nn.Module, given: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network((given - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+
+
+# --- what is written --------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_what_was_asked_for(deployed: Path) -> None:
+    assert {path.name for path in deployed.iterdir()} == FILES
+    assert [path.name for path in deployed.parent.iterdir()] == ["out"]
+
+
+def test_the_weights_are_the_masked_ones(deployed: Path, network: nn.Module) -> None:
+    weights = safetensors.torch.load_file(deployed / "purified.safetensors")
+    wanted = network.state_dict()
+    assert set(weights) == set(wanted) and all(torch.equal(value, wanted[name]) for name, value in weights.items())
+
+
+def test_the_smaller_network_is_smaller_and_says_the_same(deployed: Path, network: nn.Module) -> None:
+    shapes = {name: tuple(value.shape) for name, value in
+              safetensors.torch.load_file(deployed / "shrunk.safetensors").items()}  # fmt: skip
+    assert shapes["0.weight"] == (3, 3, 3, 3) and shapes["1.running_var"] == (3,) and shapes["3.weight"] == (5, 3, 1, 1)
+    assert shapes["6.weight"] == (3, 180)
+    smaller = load_shrunk(tiny(), deployed / "shrunk.safetensors")
+    torch.testing.assert_close(expected(smaller, images(4)), expected(network, images(4)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 130])
+def test_program_and_onnx_take_any_number_of_images_in_0_1(count: int, deployed: Path, network: nn.Module) -> None:
+    program = torch.export.load(deployed / "program.pt2").module()
+    session = onnxruntime.InferenceSession(deployed / "model.onnx", providers=["CPUExecutionProvider"])
+    wanted = expected(network, images(count))
+    torch.testing.assert_close(program(images(count)), wanted, rtol=1e-5, atol=1e-5)
+    (logits,) = session.run(["logits"], {"images": images(count).numpy()})
+    np.testing.assert_allclose(logits, wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_record_tells_what_became_of_every_unit(deployed: Path) -> None:
+    record = json.loads((deployed / "deploy.json").read_text())
+    assert (record["units"], record["units_pruned"], record["units_removed"]) == (189, 3, 1)
+    assert record["removed"] == [{"layer": "1", "units": [2]}]
+    (zeros,) = record["kept_as_zeros"]
+    assert (zeros["layer"], zeros["units"]) == ("6.input", [0, 1])
+    # Gone: 27 weights and a bias, gamma and beta, and what 5 filters read of the channel.
+    full = 4 * 28 + 8 + 5 * 5 + 3 * 181
+    assert record["parameters"] == [full, full - 28 - 2 - 5]
+    assert record["multiply_adds"] == [36 * 4 * 27 + 36 * 20 + 540, 36 * 3 * 27 + 36 * 15 + 540]
+    assert all(0 <= file["deviation"] < 1e-5 for file in record["files"].values()) and len(record["files"]) == 4
+    assert record["files"]["purified.safetensors"]["deviation"] == 0
+
+
+def test_the_same_command_writes_the_same_bytes(deployed: Path, inputs: Path, tmp_path: Path) -> None:
+    """In another process, under another name; so no file holds a time, or a path."""
+    apply(options(inputs, tmp_path / "again"))
+    for name in FILES - {"deploy.json"}:
+        assert (tmp_path / "again" / name).read_bytes() == (deployed / name).read_bytes(), name
+    again, first = (json.loads((folder / "deploy.json").read_text()) for folder in (tmp_path / "again", deployed))
+    assert again == first
+    here = str(ROOT).encode()
+    assert not any(here in path.read_bytes() for path in deployed.iterdir())
+
+
+def test_a_choice_of_formats(inputs: Path, tmp_path: Path) -> None:
+    apply(replace(options(inputs, tmp_path / "out"), formats=("safetensors",)))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"deploy.json", "purified.safetensors"}
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------
+
+
+def test_bad_options_leave_nothing(inputs: Path, tmp_path: Path) -> None:
+    good = options(inputs, tmp_path / "out")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    before = sorted(tmp_path.rglob("*"))
+    cases: list[tuple[dict[str, object], type[OnpError], str]] = [
+        ({"mask": tmp_path / "absent.json"}, MaskError, "not a readable mask"),
+        ({"mask": tmp_path / "broken.json"}, MaskError, "not a readable mask"),
+        ({"model": f"{inputs / 'network.py'}:other"}, CheckpointError, "does not fit"),
+        ({"out": tmp_path / "file"}, ConfigError, "new or empty folder"),
+        ({"out": tmp_path / "full"}, ConfigError, "new or empty folder"),
+        ({"out": tmp_path / "file" / "out"}, ConfigError, "cannot be written"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            apply(replace(good, **change))  # type: ignore[arg-type]
+        assert sorted(tmp_path.rglob("*")) == before, change
+
+
+def test_a_mask_for_another_network_is_refused(inputs: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.json"
+    mask.write_text(json.dumps({**MASK, "units": 464, "pruned": {"conv1": [2]}}))
+    with pytest.raises(MaskError, match="for a network of 464 units"):
+        apply(replace(options(inputs, tmp_path / "out"), mask=mask))
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
+
+
+@pytest.mark.parametrize("failure", [ModelError("no"), KeyboardInterrupt(), OSError("disk full")])
+def test_stopping_in_the_middle_leaves_nothing(
+    failure: BaseException, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stop(*arguments: object) -> float:
+        seen.extend(path.name for path in tmp_path.rglob("*.safetensors"))
+        raise failure
+
+    monkeypatch.setattr(command, "export_program", stop)
+    with pytest.raises(type(failure)):
+        apply(options(inputs, tmp_path / "out"))
+    assert sorted(seen) == ["purified.safetensors", "shrunk.safetensors"], "it stopped too early to tell"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_packages_for_onnx(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onp.export.ONNX_PACKAGES", ("onnx", "no_such_runtime"))
+    with pytest.raises(ConfigError, match=r'needs no_such_runtime: pip install "onp\[export\]"'):
+        apply(options(inputs, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Noisy(nn.Module):
+    """Its dropout is never off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.dropout(x.flatten(1)))
+
+
+class Data(nn.Module):
+    """Python control flow that depends on the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+def test_what_cannot_be_exported_leaves_no_file(tmp_path: Path) -> None:
+    for model, message in ((Noisy().eval(), "deviate"), (Data(), "cannot be written as program.pt2")):
+        with pytest.raises(ModelError, match=message):
+            export_program(model, images(8), tmp_path / "program.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("export", [export_program, export_onnx])
+def test_a_file_that_says_something_else_does_not_appear(
+    export: Callable[..., float], network: nn.Module, tmp_path: Path
+) -> None:
+    path, normalise, wanted = tmp_path / "file", Normalisation(MEAN, STD), expected(network, images(8))
+    with pytest.raises(ModelError, match="deviate"):
+        export(network, images(8), path, normalise, wanted + 1)
+    assert list(tmp_path.iterdir()) == []
+    assert export(network, images(8), path, normalise, wanted) < 1e-5
+    assert list(tmp_path.iterdir()) == [path]

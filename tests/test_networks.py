@@ -1,0 +1,109 @@
+"""torchvision's families: every hidden layer has its units, and masks mean the same by every way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+from torchvision.models.vision_transformer import VisionTransformer
+
+from onp.bench.networks import randomise
+from onp.engine import Engine
+from onp.masks import KeepMask, apply_mask, masked
+from onp.models import build_model
+from onp.units import index_units
+
+
+def vgg16(batch_norm: bool) -> nn.Module:
+    """Without the 100 million weights of its classifier."""
+    layers = make_layers(cfgs["D"], batch_norm=batch_norm)
+    return nn.Sequential(layers, nn.Flatten(), nn.Linear(512, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 10))
+
+
+def vision_transformer() -> nn.Module:
+    return VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=10
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{name: (lambda name=name: build_model(name, 3, 10), 32) for name in (
+        "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0", "googlenet",
+        "convnext_tiny")},
+    "inception_v3": (lambda: build_model("inception_v3", 3, 10), 75),
+    "vgg16": (lambda: vgg16(batch_norm=False), 32),
+    "vgg16_bn": (lambda: vgg16(batch_norm=True), 32),
+    "vision_transformer": (vision_transformer, 32),
+}  # fmt: skip
+
+
+def hidden_outputs(model: nn.Module) -> int:
+    """Output channels and neurons of all layers but the last, and but auxiliary classifiers and attentions' own."""
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not name.lower().startswith("aux") and "out_proj" not in name
+    ]
+    return sum(module.weight.shape[0] for _, module in layers[:-1])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str) -> None:
+    torch.manual_seed(0)
+    build, size = NETWORKS[name]
+    model, generator = build(), torch.Generator().manual_seed(0)
+    randomise(model, generator)
+    index = index_units(model, (3, size, size))
+    assert index.untraced == ()
+    assert sum(layer.size for layer in index if layer.kind in ("conv", "linear")) == hidden_outputs(model)
+    norms = [module for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+             if not path.lower().startswith("aux")]  # fmt: skip
+    assert int(index.batch_norm_units.sum()) == sum(norm.num_features for norm in norms)
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    heads = sum(layer.size for layer in index if layer.kind == "head")
+    assert heads == sum(attention.num_heads for attention in attentions)
+    blind = {layer.name for layer in index.layers[1:] if layer.reads is None}  # the first reads the image
+    assert blind == set()
+
+    inputs = torch.rand(2, 3, size, size, generator=generator)
+    engine = Engine(model, index, inputs)
+    logits = []
+    for share in (0.0, 0.01, 0.2):
+        mask, pruned = KeepMask(index, torch.rand(len(index), generator=generator) >= share), copy.deepcopy(model)
+        apply_mask(pruned, mask)
+        with torch.no_grad(), masked(model, mask):
+            logits.append(pruned(inputs))
+            assert torch.equal(model(inputs), logits[-1])
+        assert (engine.logits(mask) - logits[-1]).abs().max() <= 1e-5 * logits[-1].abs().max()
+    assert (logits[2] - logits[0]).abs().max() > 1e-2 * logits[0].abs().max()
+
+
+def test_the_command_lists_networks_and_those_that_it_cannot_treat(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def forward(self, x):\n"
+        "        return super().forward(x if x.sum() > 0 else -x)\n\n\n"
+        "def refused():\n    return Net(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))\n\n\n"
+        "def good():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "onp.bench", "networks", "--networks", "mine.py:refused", "mine.py:good", "nonsense",
+         "--image-size", "8", "--threads", "1", "--no-onnx", "--json", "rows.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    refused, good, unknown = json.loads((tmp_path / "rows.json").read_text())
+    assert "cannot trace Net" in refused["error"] and "mine.py:refused: cannot trace Net" in done.stdout
+    assert "unknown model 'nonsense'" in unknown["error"]
+    assert good["error"] is None and good["untraced"] == {}
+    assert good["units"] == {"conv": 4, "batch_norm": 0, "linear": 0, "linear_input": 144, "head": 0}
+    assert (good["parameters"], good["groups"], good["masked_deviation"]) == (3 * 4 * 9 + 4 + 144 * 2 + 2, 148, 0)
+    assert good["engine_deviation"] < 1e-5 and good["onnx_deviation"] is None
