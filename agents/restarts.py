@@ -12,11 +12,11 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """Begin a fraction of the episodes near the end of one of the best action sequences (Ecoffet et al. 2021).
 
     Half of the time at its end, a quarter of the time a step before, and so on. The sequence is replayed, so the
-    environment has to be deterministic; where it answers masks from memory, that costs no reward evaluation. Every
-    prefix of an episode counts as a sequence, those that end it left out. An episode is truncated when `patience` steps
+    environment has to be deterministic; where it answers masks from memory, that costs no reward evaluation. A sequence
+    is what led to a new best return of its episode, without ending it. An episode is truncated when `patience` steps
     in a row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason
-    an action that earned nothing (stopping, too) is invalid at the units kept where it was taken, until no other is
-    left: a policy that has settled would never use up its budget.
+    an action that earned nothing (stopping, too) is invalid where it was taken, whatever the progress by then, until no
+    other is left: a policy that has settled would never use up its budget.
     """
 
     def __init__(self, env: gym.Env[Any, np.int64], fraction: float, elites: int, patience: int, seed: int) -> None:
@@ -26,8 +26,8 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self.best: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
         """return and actions of the best sequences, one for each set of actions"""
         self.fruitless: dict[bytes, set[int]] = {}
-        """by the units kept, the actions that earned nothing there"""
-        self._kept = b""
+        """by all of an observation but the progress, the actions that earned nothing there"""
+        self._place = b""
         self._actions: tuple[int, ...] = ()
         self._return = self._highest = 0.0
         self._idle = 0
@@ -47,23 +47,24 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
 
     def step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and remember the sequence where it is among the best; `info["return"]` counts what was replayed too."""
-        kept = self._kept
+        place = self._place
         observation, reward, terminated, truncated, info = self.env.step(action)
         if float(reward) <= 0:
-            self.fruitless.setdefault(kept, set()).add(int(action))
+            self.fruitless.setdefault(place, set()).add(int(action))
         observation = self._without_fruitless(observation)
         self._actions, self._return = (*self._actions, int(action)), self._return + float(reward)
-        if not (terminated or truncated):
-            self._remember()
-        self._idle = 0 if self._return > self._highest else self._idle + 1
-        self._highest = max(self._highest, self._return)
+        self._idle += 1
+        if self._return > self._highest:
+            self._highest, self._idle = self._return, 0
+            if not (terminated or truncated):
+                self._remember()
         info = {**info, "return": self._return}
         return observation, reward, terminated, truncated or self._idle >= self.patience, info
 
     def _without_fruitless(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self._kept = observation["kept"].tobytes()
+        self._place = b"".join(value.tobytes() for name, value in observation.items() if name != "progress")
         left = observation["action_mask"].copy()
-        left[list(self.fruitless.get(self._kept, ()))] = 0
+        left[list(self.fruitless.get(self._place, ()))] = 0
         return {**observation, "action_mask": left} if left.any() else observation
 
     def _remember(self) -> None:

@@ -15,21 +15,31 @@ from torch_geometric.data import Data
 from baselines_rnp.unlearn import unlearn
 from envs.actions import ActionSet
 from envs.rewards import TERMS, Clues, Objective
+from onp.checkpoints import plain_weights
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
 from onp.graph import build_graph
+from onp.journal import Journal
 from onp.masks import KeepMask
-from onp.trigger_recovery import recover_trigger
+from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, index_units
 
 Observation = dict[str, np.ndarray]
 LIMIT = 1e6  # of observations, in potential; no sane network comes near
 
 
-def find_clues(model: nn.Module, data: DefenceData, config: EnvConfig, seed: int) -> Clues:
+def find_clues(
+    model: nn.Module, data: DefenceData, config: EnvConfig, seed: int, journal: Journal | None = None
+) -> Clues:
     """Make from clean data what the reward needs: the unlearned copy and the recovered trigger."""
-    return Clues(unlearn(model, data, config.unlearn, seed).model, recover_trigger(model, data, config.recovery, seed))
+    journal = journal or Journal()
+    unlearned = copy.deepcopy(model).eval()
+    unlearned.load_state_dict(
+        journal.recall("unlearned", lambda: plain_weights(unlearn(model, data, config.unlearn, seed).model))
+    )
+    found = journal.recall("trigger", lambda: recover_trigger(model, data, config.recovery, seed).tensors())
+    return Clues(unlearned, RecoveredTrigger.of_tensors(found, data.images.device))
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):
@@ -76,7 +86,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ## Arguments
     `model`: the network, giving logits; `data`: the clean images to score masks on; `config`: see `EnvConfig`;
     `clues`: what the reward needs besides (made from the network and `data` when None, with `seed`); `index`: the
-    network's units and `cache`: memory for activations (made when None; several environments may share them).
+    network's units and `cache`: memory for activations (made when None; several environments may share them);
+    `journal`: what was computed before a kill (nothing when None).
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's convention)
@@ -90,12 +101,15 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         seed: int = 0,
         index: UnitIndex | None = None,
         cache: ActivationCache | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.config = config or EnvConfig()
         self.index = index or index_units(model, data.input_shape)
         clues = clues or find_clues(model, data, self.config, seed)
         cache = cache or ActivationCache.of_gib(self.config.cache_gib)
-        self.objective = Objective(model, clues, self.index, data, self.config.reward, self.config.effect_images, cache)
+        self.objective = Objective(
+            model, clues, self.index, data, self.config.reward, self.config.effect_images, cache, journal
+        )
         self.effects = {
             **self.objective.effects(self.objective.all_kept),
             "clean_loss": self.objective.engines["pruned"].effects(self.objective.all_kept, data.cross_entropy).sum(0),

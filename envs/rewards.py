@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from onp.config import RewardConfig
 from onp.data import DefenceData, random_crop_and_flip
 from onp.engine import ActivationCache, Engine
+from onp.journal import Journal, Values
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex
@@ -114,7 +115,8 @@ class Objective:
     """Scores masks of one network on one set of clean images; a mask seen before is answered from memory.
 
     `evaluations` counts distinct masks scored, and sensitivity passes. Effects are estimated on the first
-    `effect_images` images (all by default), scores always on all. `cache` keeps activations between masks.
+    `effect_images` images (all by default), scores always on all. `cache` keeps activations between masks, `journal`
+    what was computed, in case the job is killed.
     """
 
     def __init__(
@@ -126,9 +128,10 @@ class Objective:
         weights: RewardConfig,
         effect_images: int | None = None,
         cache: ActivationCache | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.clues, self.index, self.data = clues, index, data
-        self.weights, self.effect_images = weights, effect_images
+        self.weights, self.effect_images, self.journal = weights, effect_images, journal or Journal()
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
@@ -159,13 +162,14 @@ class Objective:
         """
         if mask.key not in self._effects:
             self.evaluations += 1
-            outputs = self._outputs(mask, self.effect_images)
-            effects = {
-                name: getattr(self.weights, name) * self._term_effects(name, mask, outputs).nan_to_num(0, 0, 0)
-                for name in PLACES
-            }
+            slopes = self.journal.recall(b"effects" + mask.key, lambda: self._all_term_effects(mask))
+            effects = {name: getattr(self.weights, name) * slopes[name] for name in PLACES}
             self._effects[mask.key] = {**effects, "score": torch.stack([*effects.values()]).sum(0)}
         return self._effects[mask.key]
+
+    def _all_term_effects(self, mask: KeepMask) -> Values:
+        outputs = self._outputs(mask, self.effect_images)
+        return {name: self._term_effects(name, mask, outputs).nan_to_num(0, 0, 0) for name in PLACES}
 
     def _term_effects(self, name: str, mask: KeepMask, outputs: Outputs) -> Tensor:
         def term(logits: Tensor) -> Tensor:
@@ -180,14 +184,18 @@ class Objective:
         """The worth of `mask`; non-finite outputs count as the lowest finite number."""
         if mask.key not in self.scores:
             self.evaluations += 1
-            outputs = self._outputs(mask)
-            terms = {name: _finite(float(term(outputs))) for name, term in TERMS.items()}
+            values = self.journal.recall(b"score" + mask.key, lambda: self._terms(mask))
+            terms = {name: _finite(float(values[name])) for name in TERMS}
             total = sum(getattr(self.weights, name) * value for name, value in terms.items())
             self.scores[mask.key] = (mask, Score(total, terms))
         else:  # an episode may go on from here
             for engine in self.engines.values():
                 engine.touch(mask)
         return self.scores[mask.key][1]
+
+    def _terms(self, mask: KeepMask) -> Values:
+        outputs = self._outputs(mask)
+        return {name: term(outputs).cpu() for name, term in TERMS.items()}
 
 
 def _views(model: nn.Module, data: DefenceData) -> Tensor:

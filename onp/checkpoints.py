@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +17,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from onp.errors import CheckpointError
+from onp.errors import CheckpointError, FileError
 
 WRAPPERS = ("state_dict", "net", "model")
 """keys under which published checkpoints keep their weights"""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load weights into `model`, which has to have just these keys and shapes.
 
     Reads safetensors, or PyTorch files with `weights_only=True` and no other way. Weights may lie under
-    `state_dict`, `net` or `model`; a `module.` prefix is dropped. Raises `CheckpointError`, with `model`
-    unchanged, where the file cannot be read, keys or shapes differ, or a weight is not finite.
+    `state_dict`, `net` or `model`; a `module.` prefix of all keys is dropped; the log says so. Raises
+    `CheckpointError`, with `model` unchanged, where the file cannot be read, keys, types or shapes differ, or a weight
+    is not finite. What it costs in memory is bounded by the file and the network, whatever the file declares.
     """
     weights = _unwrap(_read(path), path)
     expected = model.state_dict()
@@ -37,6 +44,13 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             f"{path} does not fit {type(model).__name__}: missing keys {_some(missing)}, "
             f"unexpected keys {_some(unexpected)}"
         )
+    types = [
+        f"{key} is {_kind(value)}, expected {_kind(expected[key])}"
+        for key, value in weights.items()
+        if not _is_plain(value) or value.dtype not in (FLOATS if expected[key].is_floating_point() else INTEGERS)
+    ]
+    if types:
+        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {_some(types)}; give plain, dense weights")
     shapes = [
         f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}"
         for key in weights
@@ -56,7 +70,7 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _read_pytorch(path)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
@@ -64,16 +78,61 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def _read_pytorch(path: Path) -> Any:
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:  # PyTorch compresses nothing; what claims to hold more than the file would fill the memory
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are larger than the file")
+    with _no_further_types():
+        # Mapped, a storage ends where the file does, whatever size it declares.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+@contextmanager
+def _no_further_types() -> Iterator[None]:
+    """Inside, `weights_only=True` allows what PyTorch needs for tensors, and nothing that a library has added."""
+    added = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(added)
+
+
+def _is_plain(value: Tensor) -> bool:
+    dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    return dense and value.device.type == "cpu" and type(value) in (Tensor, nn.Parameter)
+
+
+def _kind(value: Tensor) -> str:
+    return f"{'' if _is_plain(value) else f'a {value.layout} {type(value).__name__} of '}{value.dtype}".replace(
+        "torch.", ""
+    )
+
+
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    found = []
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
+            found.append(f"weights under {key!r}")
             break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    ):
         raise CheckpointError(
             f"{path} holds no state dict (a mapping of names to tensors), neither bare nor under {', '.join(WRAPPERS)}"
         )
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    if all(key.startswith("module.") for key in content):
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+        found.append("prefix 'module.' dropped")
+    if found:
+        logger.info("%s: %s", path, ", ".join(found))
+    return dict(content)
 
 
 def _some(items: list[str], limit: int = 5) -> str:
@@ -81,17 +140,38 @@ def _some(items: list[str], limit: int = 5) -> str:
     return (", ".join(items[:limit]) + rest) or "none"
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's state dict as safetensors, atomically."""
-    weights = {
+def plain_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, copied to the CPU, every tensor contiguous and in memory of its own."""
+    return {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in module.state_dict().items()
     }
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(weights, temporary))
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state dict as safetensors, atomically."""
+    write_tensors(path, plain_weights(module))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically."""
+    content = safetensors.torch.save(tensors)  # written by Python, which says what is wrong with a disk
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The content of a safetensors file of ours; raises `FileError` where it cannot be read."""
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:
+        raise FileError(f"{path} is no readable safetensors file ({error}); restore it") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path` and rename it: the file is there whole or not at all."""
+    """Call `write` with a temporary path beside `path` and rename it: the file is there whole or not at all.
+
+    Raises `OSError` where it cannot be written; what was there before is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -99,6 +179,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.chmod(0o644)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut might leave the new name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,3 +196,11 @@ def write_json(path: Path, content: Any) -> None:
     """Write readable JSON, atomically."""
     text = json.dumps(content, indent=1, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises `FileError` where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is no readable JSON ({error}); restore it") from error

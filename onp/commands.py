@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import platform
 import sys
 import warnings
@@ -11,6 +13,7 @@ from typing import TypeVar
 
 import tyro
 from rich.console import Console
+from rich.logging import RichHandler
 
 from onp.errors import OnpError
 from onp.units import UnitIndex
@@ -46,13 +49,22 @@ def print_untraced(index: UnitIndex, console: Console) -> None:
 
 
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:
-    """Parse `config` from the command line and run `job`; exit with its code, or with 2 and one line on bad input."""
+    """Parse `config` from the command line and run `job`; exit with its code.
+
+    On bad input that is one line and code 2, on a full disk or another of its failures one line and `os.EX_IOERR`.
+    """
     keep_freed_memory()
+    log = logging.getLogger("onp")
+    log.setLevel(logging.INFO)
+    log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
     try:
         code = job(tyro.cli(config, prog=f"python -m {program}", description=job.__doc__))
     except OnpError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    except OSError as error:
+        print(f"error: {error}; all that was written before is whole: the same command goes on", file=sys.stderr)
+        code = os.EX_IOERR
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         code = 130

@@ -6,14 +6,15 @@ last, by `Normalisation`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +22,7 @@ from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
 from onp.errors import DataError
+from onp.images import image_size, read_image
 from onp.seeding import seeded
 
 Split = Literal["train", "test"]
@@ -37,8 +39,10 @@ class Normalisation:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
+        if len(self.mean) != len(self.std) or not all(0 < value < inf for value in self.std):
             raise DataError(f"--mean {self.mean} and --std {self.std} need equally many values, and every std above 0")
+        if not all(map(isfinite, self.mean)):
+            raise DataError(f"--mean {self.mean}: expected finite numbers")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise images of shape (n, channels, height, width)."""
@@ -167,14 +171,23 @@ class ImageFolder(datasets.ImageFolder):
         known = {name: number for number, name in enumerate(self.given_classes) if name in found}
         return self.given_classes, known
 
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
+        """Paths and labels in torchvision's order. Links inside a class are not followed: they may run in circles."""
+        samples = []
+        for name, label in class_to_idx.items():
+            walked = sorted(os.walk(os.path.join(directory, name)))
+            files = [os.path.join(root, file) for root, _, names in walked for file in sorted(names)]
+            images = [(file, label) for file in files if file.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+            if not images:
+                raise DataError(f"no images in {directory}/{name}: expected .png or .jpg; fill the class or remove it")
+            samples += images
+        return samples
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        try:
-            image = self.loader(path)
-        except OSError as error:
-            raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
         assert self.transform is not None
-        return self.transform(image), label
+        return self.transform(read_image(Path(path))), label
 
 
 def load_dataset(
@@ -225,13 +238,7 @@ def _folder(root: Path, split: Split, transform: Any, resized: bool) -> ImageDat
 
 def _check_sizes(dataset: ImageFolder, root: Path, resized: bool) -> None:
     dataset[0]
-    shapes = set()
-    for path, _ in dataset.samples if not resized else []:
-        try:
-            with Image.open(path) as image:
-                shapes.add((image.height, image.width))
-        except OSError as error:
-            raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+    shapes = {image_size(Path(path)) for path, _ in dataset.samples} if not resized else set()
     if len(shapes) > 1:
         raise DataError(f"images in {root} differ in size ({', '.join(map(str, sorted(shapes)))}); give --image-size")
 

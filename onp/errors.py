@@ -23,3 +23,7 @@ class DataError(OnpError):
 
 class MaskError(OnpError):
     """A keep mask does not fit the network or its pruning rule."""
+
+
+class FileError(OnpError):
+    """A file of ours is damaged or missing."""

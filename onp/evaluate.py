@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ import torch
 import tyro
 from torch import nn
 
-from onp.checkpoints import load_checkpoint, sha256
+from onp.checkpoints import load_checkpoint, read_json, sha256
 from onp.commands import console, run_command
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
@@ -36,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> int:
     options = folder.options()
     if not folder.file("report.json").exists():
         raise ConfigError(f"{config.run} holds no report.json: the run is not finished; run its command again")
-    report = json.loads(folder.file("report.json").read_text())
+    report = read_json(folder.file("report.json"))
     inputs = open_inputs(patient(InputConfig.from_record(options), folder))
     if inputs.config.checkpoint is not None and sha256(inputs.config.checkpoint) != report["checkpoint_sha256"]:
         raise ConfigError(f"{inputs.config.checkpoint} is not the file that this run purified; restore it")

@@ -26,6 +26,10 @@ from onp.data import (
 from onp.errors import ConfigError, DataError
 from onp.models import build_model, is_ours
 
+MOST_CLASSES, LARGEST_SIDE = 100_000, 4096
+KINDS = {"model": str, "data": str, "device": str, "defence_size": int, "seed": int, "threads": int}
+"""types of options as a run records them"""
+
 
 @dataclass(frozen=True)
 class InputConfig:
@@ -78,14 +82,20 @@ class InputConfig:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> InputConfig:
-        """The options as a run's `config.json` records them."""
+        """The options as a run's `config.json` records them; raises `ConfigError` for what cannot be one."""
         names = {item.name for item in fields(InputConfig)}
         values = {name: value for name, value in record.items() if name in names}
-        for name in ("checkpoint", "download_root"):
-            values[name] = Path(values[name]) if values.get(name) else None
-        for name in ("mean", "std"):
-            values[name] = tuple(values.get(name, ()))
-        return InputConfig(**values)
+        try:
+            for name in ("checkpoint", "download_root"):
+                values[name] = Path(values[name]) if values.get(name) else None
+            for name in ("mean", "std"):
+                values[name] = tuple(map(float, values.get(name, ())))
+            for name, kind in KINDS.items():
+                if name in values and type(values[name]) is not kind:
+                    raise TypeError(f"{name} is {values[name]!r}")
+            return InputConfig(**values)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"the recorded options cannot be read ({error}); restore config.json") from error
 
     @property
     def normalisation(self) -> Normalisation:
@@ -166,6 +176,9 @@ def open_inputs(config: InputConfig) -> Inputs:
     """Build the network, load its weights strictly, and check that there are images to train on."""
     if config.threads < 0:
         raise ConfigError(f"--threads {config.threads}: expected 0 (PyTorch's default) or more")
+    for name, most in (("image_size", LARGEST_SIDE), ("num_classes", MOST_CLASSES)):
+        if (value := getattr(config, name)) is not None and not (type(value) is int and 1 <= value <= most):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 1 to {most}")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch_device(config.device)

@@ -5,7 +5,6 @@ The two agree bit for bit, since both zero the same parameters.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from onp.errors import MaskError
+from onp.checkpoints import read_json
+from onp.errors import FileError, MaskError
 from onp.units import UnitIndex
 
 Rule = Literal["zero", "gamma"]
@@ -101,8 +101,9 @@ class KeepMask:
         """The inverse of `to_json`; raises `MaskError` where the record does not fit the network."""
         try:
             rule, units, pruned = record["rule"], record["units"], record["pruned"]
-        except (KeyError, TypeError) as error:
-            raise MaskError(f"not a mask record: {error} is missing") from error
+            order = [str(name) for name in record.get("order", [])]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MaskError(f"not a mask record: {error} is missing; expected rule, units and pruned") from error
         if rule not in ("zero", "gamma"):
             raise MaskError(f"unknown pruning rule {rule!r}; expected 'zero' or 'gamma'")
         if not isinstance(pruned, dict) or not all(isinstance(members, list) for members in pruned.values()):
@@ -116,21 +117,19 @@ class KeepMask:
             )
         keep = torch.ones(len(index), dtype=torch.bool)
         for name, members in pruned.items():
-            if any(not isinstance(i, int) or not 0 <= i < layers[name].size for i in members):
+            if any(type(i) is not int or not 0 <= i < layers[name].size for i in members):
                 raise MaskError(f"layer {name} has units 0 to {layers[name].size - 1}; the mask names {members}")
             keep[[layers[name].offset + i for i in members]] = False
         names = {index.name(unit): unit for unit in (~keep).nonzero().flatten().tolist()}
-        return cls(index, keep, rule, tuple(names[name] for name in record.get("order", []) if name in names))
+        return cls(index, keep, rule, tuple(names[name] for name in order if name in names))
 
     @classmethod
     def load(cls, index: UnitIndex, path: Path) -> KeepMask:
         """Read `masks/METHOD.json` of a run; raises `MaskError` where it cannot be read or does not fit the network."""
         try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise MaskError(
-                f"{str(path)!r} is not a readable mask ({error}); give masks/METHOD.json of a run"
-            ) from error
+            record = read_json(path)
+        except FileError as error:
+            raise MaskError(f"{error}, or give masks/METHOD.json of a run") from error
         return cls.from_json(index, record)
 
 

@@ -6,6 +6,7 @@ Nothing here, or in anything imported from here, knows a trigger or a test image
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ from agents.search import SEARCHES
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
 from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
-from onp.checkpoints import load_checkpoint
+from onp.checkpoints import load_checkpoint, plain_weights
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
 from onp.errors import ConfigError, DataError, ModelError
 from onp.graph import EDGE_FEATURES, FEATURES
+from onp.journal import Journal, Values
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
 
@@ -88,11 +90,21 @@ class MethodResult:
 
 
 class Purification:
-    """One network under treatment: what the methods share, made when first needed."""
+    """One network under treatment: what the methods share, made when first needed.
 
-    def __init__(self, model: nn.Module, data: DefenceData, config: PurifyConfig, log_dir: Path | None = None) -> None:
+    `log_dir` is for the learning's events, `journal_dir` for journals (`onp.journal`), one a method and one of clues.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DefenceData,
+        config: PurifyConfig,
+        log_dir: Path | None = None,
+        journal_dir: Path | None = None,
+    ) -> None:
         self.model = model.eval().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-        self.data, self.config, self.log_dir = data, config, log_dir
+        self.data, self.config, self.log_dir, self.journal_dir = data, config, log_dir, journal_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
         check_network(model, data)
         if config.policy is not None:
@@ -101,11 +113,26 @@ class Purification:
         self.cache = ActivationCache.of_gib(config.env.cache_gib)
 
     @cached_property
+    def subject(self) -> str:
+        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, PyTorch, threads."""
+        data, config = self.data, self.config
+        settings = config.seed, config.env, config.rnp, data.num_classes, data.normalise, str(data.images.device)
+        about = (str(self.model), settings, torch.__version__, torch.get_num_threads())
+        digest = hashlib.sha256(repr(about).encode())
+        for name, tensor in {**plain_weights(self.model), "images": data.images, "labels": data.labels}.items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _journal(self, name: str) -> Journal:
+        return Journal(self.journal_dir / name, self.subject) if self.journal_dir is not None else Journal()
+
+    @cached_property
     def timed_clues(self) -> tuple[Clues, float]:
         """The unlearned copy and the recovered trigger, from all defence data, and the seconds they took."""
-        start = time.perf_counter()
-        clues = find_clues(self.model, self.data, self.config.env, self.config.seed)
-        return clues, time.perf_counter() - start
+        start, journal = time.perf_counter(), self._journal("clues")
+        clues = find_clues(self.model, self.data, self.config.env, self.config.seed, journal)
+        return clues, time.perf_counter() - start + journal.seconds
 
     @property
     def left_alone(self) -> bool:
@@ -120,8 +147,10 @@ class Purification:
         if method == "rnp":
             return self._run_rnp()
         clues, shared_seconds = self.timed_clues
-        start = time.perf_counter()
-        env = PruningEnv(self.model, self.search_data, self.config.env, clues, index=self.index, cache=self.cache)
+        start, journal = time.perf_counter(), self._journal(method)
+        env = PruningEnv(
+            self.model, self.search_data, self.config.env, clues, index=self.index, cache=self.cache, journal=journal
+        )
         report = partial(progress, method)
         curve = agent = None
         if method == "onp":
@@ -129,7 +158,7 @@ class Purification:
         else:
             SEARCHES[method](env, self.config.budget, self.config.seed, report)
         mask = choose_mask(env.objective, self._held_out_objective(clues), self.config.finalists)
-        seconds = shared_seconds + time.perf_counter() - start
+        seconds = shared_seconds + time.perf_counter() - start + journal.seconds
         return MethodResult(method, mask, env.reward_evaluations, seconds, curve=curve, agent=agent)
 
     def _train(self, env: PruningEnv, report: Callable[[int, int], None]) -> tuple[LearningCurve, PPO]:
@@ -144,20 +173,24 @@ class Purification:
         return curve, agent
 
     def _run_rnp(self) -> MethodResult:
-        start = time.perf_counter()
-        config = self.config
+        start, config, journal = time.perf_counter(), self.config, self._journal("rnp")
+
+        def learn() -> Values:
+            return {"values": run_rnp(self.model, self.index, self.data, config.rnp, config.seed).values}
+
         try:
-            result = run_rnp(self.model, self.index, self.data, config.rnp, config.seed)
+            values = journal.recall("values", learn)["values"]
         except ModelError as error:
             return MethodResult("rnp", None, note=str(error))
         limit = config.rnp.max_accuracy_drop
-        threshold, mask = choose_threshold(self.model, self.index, result.values, self.data, limit, self.cache)
+        threshold, mask = choose_threshold(self.model, self.index, values, self.data, limit, self.cache)
         note = (
             f"threshold {threshold}"
             if threshold is not None
             else f"every threshold loses more than {limit:.0%} accuracy"
         )
-        return MethodResult("rnp", mask, 0, time.perf_counter() - start, note, rnp_values=result.values)
+        seconds = time.perf_counter() - start + journal.seconds
+        return MethodResult("rnp", mask, 0, seconds, note, rnp_values=values)
 
     def _held_out_objective(self, clues: Clues) -> Objective:
         return Objective(self.model, clues, self.index, self.held_out, self.config.env.reward, cache=self.cache)

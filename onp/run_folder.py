@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from agents.ppo import LearningCurve
-from onp.checkpoints import save_weights, write_atomically, write_json
-from onp.errors import ConfigError
+from onp.checkpoints import read_json, read_tensors, save_weights, write_atomically, write_json, write_tensors
+from onp.errors import ConfigError, FileError
 from onp.inputs import InputConfig
 from onp.masks import KeepMask
 from onp.purify import MethodResult
@@ -56,11 +55,27 @@ class RunFolder:
     def options(self) -> dict[str, Any]:
         """The recorded options; raises `ConfigError` where the folder is no run."""
         try:
-            options = json.loads(self.file("config.json").read_text())["options"]
+            options = read_json(self.file("config.json"))["options"]
             assert isinstance(options, dict)
             return options
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except (FileError, KeyError, TypeError, AssertionError) as error:
             raise ConfigError(f"{self.path} is not a run folder: it has no readable config.json") from error
+
+    def bind(self, subject: str) -> None:
+        """Record what the run is about (`Purification.subject`); raises `ConfigError` where it was about another."""
+        path = self.file("subject.json")
+        if not path.exists():
+            write_json(path, {"sha256": subject})
+        elif read_json(path) != {"sha256": subject}:
+            raise ConfigError(
+                f"{self.path} was begun with another network, other images or another PyTorch; restore them, or give "
+                "another folder"
+            )
+
+    @property
+    def journal_dir(self) -> Path:
+        """Where methods that are not finished keep their journals."""
+        return self.file("journal")
 
     def save(self, result: MethodResult) -> None:
         """Write everything a method found; `methods/METHOD.json` comes last and says that the rest is there."""
@@ -69,8 +84,7 @@ class RunFolder:
             write_atomically(self.file("policy.zip"), result.agent.save)
         if result.rnp_values is not None:
             values = {"values": result.rnp_values}
-            path = self.file("rnp_mask_values.safetensors")
-            write_atomically(path, lambda temporary: safetensors.torch.save_file(values, temporary))
+            write_tensors(self.file("rnp_mask_values.safetensors"), values)
         if result.mask is not None:
             self.save_mask(result.method, result.mask)
         record: dict[str, Any] = {
@@ -81,6 +95,7 @@ class RunFolder:
         if result.curve is not None:
             record["learning_curve"] = dataclasses.asdict(result.curve)
         write_json(self.file("methods", f"{result.method}.json"), record)
+        (self.journal_dir / result.method).unlink(missing_ok=True)
 
     def save_mask(self, method: str, mask: KeepMask) -> None:
         write_json(self.file("masks", f"{method}.json"), mask.to_json())
@@ -90,19 +105,22 @@ class RunFolder:
 
     def load(self, method: str, index: UnitIndex) -> MethodResult:
         """What `save` wrote, without the agent."""
-        record = json.loads(self.file("methods", f"{method}.json").read_text())
-        curve = LearningCurve(**record["learning_curve"]) if "learning_curve" in record else None
-        mask = self.load_mask(method, index)
-        return MethodResult(method, mask, record["reward_evaluations"], record["seconds"], record["note"], curve)
+        path = self.file("methods", f"{method}.json")
+        record, mask = read_json(path), self.load_mask(method, index)
+        try:
+            curve = LearningCurve(**record["learning_curve"]) if "learning_curve" in record else None
+            return MethodResult(method, mask, record["reward_evaluations"], record["seconds"], record["note"], curve)
+        except (KeyError, TypeError) as error:
+            raise FileError(f"{path} is not what a run writes ({error!r}); restore it") from error
 
     def load_mask(self, method: str, index: UnitIndex) -> KeepMask | None:
         path = self.file("masks", f"{method}.json")
-        return KeepMask.from_json(index, json.loads(path.read_text())) if path.exists() else None
+        return KeepMask.from_json(index, read_json(path)) if path.exists() else None
 
     def rnp_values(self) -> Tensor | None:
         """RNP's recovered mask values, (N,); None where RNP could not run."""
         path = self.file("rnp_mask_values.safetensors")
-        return safetensors.torch.load_file(path)["values"] if path.exists() else None
+        return read_tensors(path)["values"] if path.exists() else None
 
 
 def patient(config: InputConfig, folder: RunFolder) -> InputConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from onp.checkpoints import save_weights, sha256, write_json
+from onp.checkpoints import read_json, save_weights, sha256, write_json
 from onp.commands import console, print_untraced, run_command
 from onp.data import labels_of
 from onp.errors import ConfigError
@@ -40,8 +40,12 @@ def train(config: TrainConfig) -> None:
     _show(complete_run(config, console))
 
 
-def complete_run(config: TrainConfig, console: Console) -> RunFolder:
-    """Do what is left of a run: purify, judge, write the report. `console` shows how far it is."""
+def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None = None) -> RunFolder:
+    """Do what is left of a run: purify, judge, write the report. `console` shows how far it is.
+
+    Journals of what is computed lie in `journal_dir`, which runs may share and the caller removes; or in the run folder
+    until the run is done.
+    """
     config = replace(config.resolved(), run_dir=_run_dir(config))
     assert config.run_dir is not None
     demonstration = config.checkpoint is None
@@ -65,8 +69,9 @@ def complete_run(config: TrainConfig, console: Console) -> RunFolder:
         inputs = _make_demonstration(config, folder, inputs, console)
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)
+    folder.bind(purification.subject)
+    purification.log_dir, purification.journal_dir = folder.file("tensorboard"), journal_dir or folder.journal_dir
     print_untraced(purification.index, console)
-    purification.log_dir = folder.file("tensorboard")
     _defend(folder, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
@@ -125,6 +130,7 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
     purified = copy.deepcopy(purification.model)
     apply_mask(purified, result.mask)
     save_weights(purified, folder.file("purified.safetensors"))
+    shutil.rmtree(folder.journal_dir, ignore_errors=True)
 
 
 def _verdict(clues: dict[str, Any]) -> str:
@@ -146,7 +152,7 @@ def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: i
 def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purification) -> dict[str, object]:
     config = inputs.config
     checkpoint = config.checkpoint
-    clues = json.loads(folder.file("clues.json").read_text())
+    clues = read_json(folder.file("clues.json"))
     labels = labels_of(judge.dataset) if judge.dataset is not None else []
     target = judge.trigger.target if judge.trigger is not None else None
     return {
@@ -167,7 +173,7 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
 
 
 def _show(folder: RunFolder) -> None:
-    report = json.loads(folder.file("report.json").read_text())
+    report = read_json(folder.file("report.json"))
     rows = [Row(**row) for row in report["rows"]]
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
     for row in rows:

@@ -43,6 +43,18 @@ class RecoveredTrigger:
         masks = (2 * self.masks[turn]).clamp(max=1)
         return (1 - masks) * images + masks * self.patterns[turn]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors on the CPU, for keeping."""
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        return {"masks": self.masks.cpu(), "patterns": self.patterns.cpu(), "sizes": sizes}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredTrigger:
+        """The inverse of `tensors`."""
+        sizes = tensors["sizes"]
+        masks, patterns = tensors["masks"].to(device), tensors["patterns"].to(device)
+        return cls(int(sizes.argmin()), masks, patterns, tuple(sizes.tolist()))
+
     @property
     def trust(self) -> float:
         """How far the smallest mask stands out: 0 if the runner-up's is as small, 1 from twice its size on.

@@ -280,7 +280,7 @@ def test_mask_and_alpha_have_defaults(tmp_path: Path) -> None:
         ({"pattern": ...}, "not a specification.*pattern"),
         ({"pattern": None}, "not a specification"),
         ({"mask": "triggers/none.npy"}, "cannot read .*none.npy"),
-        ({"pattern": "model.trigger.json"}, "cannot read"),
+        ({"pattern": "model.trigger.json"}, "model.trigger.json is not a readable image"),
         ({"pattern": "triggers/empty.npy"}, "empty.npy|not a specification"),
         ({"pattern": "triggers/nan.npy"}, "nan.npy|not finite|NaN"),
         ({"alpha": "much"}, "not a specification"),

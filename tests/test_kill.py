@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from killing import Jobs, Kill, differences, jobs
 from PIL import Image
 from torch import nn
 
@@ -27,47 +30,6 @@ def tiny():
 """
 FRACTIONS = (0.2, 0.4)
 """of the time of the first run, which is somewhat slower than those behind it"""
-
-# A process that has imported the command forks a child for every run, so that killing many costs little. Kills:
-# ["renaming", k] before the k-th renaming of a temporary file; ["seconds", s] after a time; or null, none.
-FORKS = """
-import json, os, signal, sys, time
-from pathlib import Path
-from onp.commands import run_command
-from onp.train import TrainConfig, train
-
-def child(arguments, kill):
-    replace, calls = os.replace, [0]
-
-    def counting(source, target):
-        calls[0] += 1
-        if kill and kill[0] == "renaming" and calls[0] == kill[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = counting
-    sys.argv = ["onp.train", *arguments]
-    sys.stdout = sys.stderr
-    try:
-        run_command(TrainConfig, train, "onp.train")
-    except SystemExit as stop:
-        Path("renamings").write_text(str(calls[0]))
-        os._exit(stop.code)
-    finally:
-        os._exit(99)
-
-for line in sys.stdin:
-    arguments, kill = json.loads(line)
-    start = time.perf_counter()
-    pid = os.fork()
-    if pid == 0:
-        child(arguments, kill)
-    if kill and kill[0] == "seconds":
-        time.sleep(kill[1])
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - start]), flush=True)
-"""
 
 
 def environment() -> dict[str, str]:
@@ -100,30 +62,31 @@ def arguments(folder: Path, run: str) -> list[str]:
     return [*(str(part) for option in options.items() for part in option), "--always"]
 
 
-Job = Callable[[str, tuple[str, float] | None], tuple[int, float]]
-"""runs the command on a folder of this name, kills it as told, returns exit code (negative: signal) and seconds"""
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> Iterator[Jobs]:
+    with jobs(folder) as runner:
+        yield runner
+
+
+class Job:
+    """The command on a folder of a name; returns exit code (negative: signal), seconds and events."""
+
+    def __init__(self, runner: Jobs, folder: Path) -> None:
+        self.runner, self.folder = runner, folder
+
+    def __call__(self, name: str, kill: Kill) -> tuple[int, float, dict[str, int]]:
+        return self.runner.run("onp.train", arguments(self.folder, name), kill)
 
 
 @pytest.fixture(scope="module")
-def job(folder: Path) -> Iterator[Job]:
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], cwd=folder, env=environment(),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    ) as process:  # fmt: skip
-
-        def run(name: str, kill: tuple[str, float] | None) -> tuple[int, float]:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps([arguments(folder, name), kill]) + "\n")
-            process.stdin.flush()
-            code, seconds = json.loads(process.stdout.readline())
-            return code, seconds
-
-        yield run
+def job(runner: Jobs, folder: Path) -> Job:
+    return Job(runner, folder)
 
 
 def check_whole(run: Path) -> None:
     """Every result that is there is whole; what is not yet renamed begins with a dot and counts for nothing."""
-    files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    everything = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in everything if path.parent.name != "journal"]  # whose last record may be torn
     for path in files:
         if path.suffix == ".json":
             assert isinstance(json.loads(path.read_text()), dict), path
@@ -156,25 +119,25 @@ class Reference:
 
     path: Path
     seconds: float
-    renamings: int
-    """results written, each by renaming a temporary file"""
+    events: dict[str, int]
+    """results written, each by renaming a temporary file, and records of journals"""
 
 
 @pytest.fixture(scope="module")
 def reference(folder: Path, job: Job) -> Reference:
-    code, seconds = job("reference", None)
+    code, seconds, events = job("reference", None)
     assert code == 0
     masks = [json.loads((folder / "reference" / "masks" / f"{method}.json").read_text()) for method in METHODS]
     assert sum(mask["units_pruned"] for mask in masks) > 0, "nothing to compare"
-    return Reference(folder / "reference", seconds, int((folder / "renamings").read_text()))
+    return Reference(folder / "reference", seconds, events)
 
 
-def check_killed_and_finished(run: Path, job: Job, kill: tuple[str, float], reference: Reference) -> None:
-    code, _ = job(run.name, kill)
+def check_killed_and_finished(run: Path, job: Job, kill: Kill, reference: Reference) -> None:
+    code, _, _ = job(run.name, kill)
     assert code == -signal.SIGKILL, "it was over before it was killed"
     check_whole(run)
     assert not (run / "report.json").exists()
-    code, _ = job(run.name, None)
+    code, _, _ = job(run.name, None)
     assert code == 0, "the same command does not go on"
     check_whole(run)
     check_same_results(run, reference.path)
@@ -184,9 +147,23 @@ def check_killed_and_finished(run: Path, job: Job, kill: tuple[str, float], refe
 def test_killed_while_a_result_is_written(folder: Path, job: Job, reference: Reference, part: float) -> None:
     """The temporary file is there and the result is not: 0 is the first result of the run, 1 the last."""
     run = folder / f"renaming{part}"
-    number = 1 + round(part * (reference.renamings - 1))
+    number = 1 + round(part * (reference.events["renaming"] - 1))
     check_killed_and_finished(run, job, ("renaming", number), reference)
     assert [path for path in run.rglob(".*") if path.is_file()], "no temporary file was left: killed at no such moment"
+
+
+@pytest.mark.parametrize("part", [0, 0.2, 0.5, 0.9])
+def test_killed_while_a_record_is_written(folder: Path, job: Job, reference: Reference, part: float) -> None:
+    """Half of a score is in the journal: it counts for nothing, and those before it are not computed again."""
+    run = folder / f"record{part}"
+    number = 1 + round(part * (reference.events["record"] - 1))
+    code, _, _ = job(run.name, ("record", number))
+    assert code == -signal.SIGKILL
+    check_whole(run)
+    code, _, events = job(run.name, None)
+    assert code == 0
+    assert events["record"] == reference.events["record"] - number + 1, "something was computed again"
+    check_same_results(run, reference.path)
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
@@ -210,7 +187,52 @@ def test_the_real_command_killed_thrice(folder: Path, job: Job, reference: Refer
         assert (run / "masks" / f"{method}.json").exists()
         check_whole(run)
         assert not (run / "report.json").exists(), "killed too late to tell anything"
-    code, _ = job(run.name, None)
+    code, _, _ = job(run.name, None)
     assert code == 0
     check_whole(run)
     check_same_results(run, reference.path)
+
+
+def killed_again_and_again(runner: Jobs, command: str, whole: list[str], again: list[str], kills: int) -> None:
+    """Run `whole`, then `again`, the same for another folder, killed at moments drawn with a seed."""
+    code, _, events = runner.run(command, whole)
+    assert code == 0
+    before = 0
+    for moment in sorted(random.Random(0).sample(range(1, events["event"] + 1), kills)):
+        assert runner.run(command, again, ("event", moment - before))[0] == -signal.SIGKILL
+        before = moment - 1
+    assert runner.run(command, again)[0] == 0
+
+
+def test_a_table_killed_again_and_again(folder: Path, runner: Jobs) -> None:
+    """Two networks; the results of both runs, and the table itself."""
+    entry = {"model": "network.py:tiny", "checkpoint": "weights.safetensors", "data": "images"}
+    suite = [{**entry, "name": "one", "trigger": "trigger.json"}, {**entry, "name": "two", "trigger": None}]
+    (folder / "suite.json").write_text(json.dumps(suite))
+    small = {"--models": folder / "suite.json", "--seeds": 0, "--defence-size": 12, "--threads": 1}
+    small |= {"--purify.budget": 24, "--purify.env.max-steps": 2, "--purify.env.recovery.steps": 5}
+    options = [str(part) for option in small.items() for part in option]
+    paths = [["--out", str(folder / name)] for name in ("table", "killed_table")]
+    killed_again_and_again(runner, "onp.bench table", options + paths[0], options + paths[1], kills=6)
+    assert differences(folder / "killed_table", folder / "table") == []
+    assert len(json.loads((folder / "table" / "table.json").read_text())["cells"]) >= 2 * len(METHODS)
+
+
+def test_a_zoo_killed_again_and_again(folder: Path, runner: Jobs) -> None:
+    """An entry and its clean twin, after whichever epoch."""
+    options = ["make", "digits-small_cnn-badnets", "--threads", "1", "--root"]
+    roots = [str(folder / name) for name in ("zoo", "killed_zoo")]
+    killed_again_and_again(runner, "onp.zoo", [*options, roots[0]], [*options, roots[1]], kills=3)
+    assert differences(folder / "killed_zoo", folder / "zoo") == []
+    assert len(list((folder / "zoo").glob("*/entry.json"))) == 2
+
+
+def test_differences_are_noticed(folder: Path, reference: Reference) -> None:
+    """Negative control: a mask that differs, a network that differs, a file that is missing."""
+    shutil.copytree(reference.path, folder / "copied")
+    assert differences(folder / "copied", reference.path) == []
+    changed = ["clues.json", "masks/onp.json", "purified.safetensors"]
+    (folder / "copied" / changed[0]).unlink()
+    (folder / "copied" / changed[1]).write_text('{"rule": "zero"}')
+    (folder / "copied" / changed[2]).write_bytes((reference.path / changed[2]).read_bytes()[:-1] + b"?")
+    assert differences(folder / "copied", reference.path) == changed

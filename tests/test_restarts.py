@@ -66,6 +66,12 @@ def test_a_sequence_ends_where_its_return_was_highest_and_never_ends_its_episode
     assert list(env.best.values()) == [(6.0, (1, 3))]
 
 
+def test_steps_that_brought_nothing_end_no_sequence() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=9, patience=9, seed=0)
+    play(env, 1, 2, 0, 3, 0)  # returns 2, 1, 1, 5, 5
+    assert sorted(env.best.values()) == [(2.0, (1,)), (5.0, (1, 2, 0, 3))]
+
+
 def test_only_the_best_are_remembered_and_an_order_once() -> None:
     env = ReturnToBest(Picks(), fraction=0.0, elites=2, patience=9, seed=0)
     play(env, 2, 0, 0)  # never gains
@@ -130,6 +136,19 @@ def test_an_action_that_earned_nothing_is_invalid_where_it_was_taken_and_only_th
     assert left(env, 3, 1, 2) == [[0, 1, 3], [0, 1, 2], [0, 2], [0]]  # 2 has not been tried behind 3
     assert left(env, 1, 3) == [[0, 1, 3], [2, 3], [0]]  # in another order, the same is kept
     assert left(ReturnToBest(Picks(9), 0.0, 1, 9, 0)) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(("name", "same"), [("effects", False), ("progress", True)])
+def test_places_that_look_different_are_different_but_for_the_progress(name: str, same: bool) -> None:
+    class Counting(Picks):
+        def observe(self) -> dict[str, np.ndarray]:
+            return {**super().observe(), name: np.array([len(self.picked)], dtype=np.float32)}
+
+    env = ReturnToBest(Counting(9), fraction=0.0, elites=1, patience=9, seed=0)
+    env.reset()
+    assert [np.flatnonzero(env.step(np.int64(0))[0]["action_mask"]).tolist() for _ in range(2)] == [
+        [1, 2, 3] if same else [0, 1, 2, 3]
+    ] * 2
 
 
 def test_actions_that_gained_stay_valid() -> None:

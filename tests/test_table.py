@@ -396,11 +396,13 @@ def test_any_exception_is_the_matter_of_its_run(
 ) -> None:
     complete, seen = onp.bench.table.complete_run, list[set[str]]()
 
-    def failing(options: Any, console: Any) -> Any:
+    def failing(options: Any, console: Any, journal_dir: Path) -> Any:
         if options.run_dir.name.startswith("clean"):
             seen.append({cell["model"] for cell in table(tmp_path)["cells"]})
             raise RuntimeError("CUDA out\nof memory")
-        return complete(replace(options, run_dir=made[0] / f"{options.run_dir.name}-budget12", budget=12), console)
+        return complete(
+            replace(options, run_dir=made[0] / f"{options.run_dir.name}-budget12", budget=12), console, None
+        )
 
     monkeypatch.setattr(onp.bench.table, "complete_run", failing)
     code, printed, err = call(folder, tmp_path, "--purify.budget", "12")

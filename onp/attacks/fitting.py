@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,9 @@ class Fitting:
             "epoch": self.epoch,
             "seconds": self.seconds,
         }
-        write_atomically(path, lambda temporary: torch.save(state, temporary))
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
     def load(self, path: Path) -> None:
         """Take the state over; raises `CheckpointError` where the file is damaged or another training's."""

@@ -11,9 +11,9 @@ A specification names the target class, the mode and files beside it:
 - `warp` samples the image elsewhere; the pattern, of shape (2, height, width), says how many pixels to the right and
   further down.
 
-Patterns and masks are images in [0, 1], or `.npy` arrays of shape (channels, height, width), which may be negative. A
-trigger is applied to images in [0, 1], after resizing and before normalisation. The target "all-to-all" means that
-an image of class y is to get class y + 1, and the last class the first.
+Patterns and masks are images in [0, 1], or `.npy` arrays of shape (channels, height, width); what is added may be
+negative. A trigger is applied to images in [0, 1], after resizing and before normalisation. The target "all-to-all"
+means that an image of class y is to get class y + 1, and the last class the first.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from onp.checkpoints import write_atomically
 from onp.errors import DataError
+from onp.images import read_image
 from onp.judge import ALL_TO_ALL, Target
 
 Mode = Literal["blend", "add", "patches", "warp"]
@@ -102,7 +102,8 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
         if mode not in get_args(Mode):
             raise DataError(f"trigger {str(path)!r} has mode {mode!r}; expected one of {', '.join(get_args(Mode))}")
         shapes = {"warp": (2, *image_shape[1:]), "patches": (None, *image_shape)}
-        pattern = _read_array(path.parent / spec["pattern"], shapes.get(mode, image_shape))
+        ranges = {"add": (-1.0, 1.0), "warp": (-max(image_shape), max(image_shape))}
+        pattern = _read_array(path.parent / spec["pattern"], shapes.get(mode, image_shape), *ranges.get(mode, (0, 1)))
         whole = torch.ones_like(pattern)
         mask = _read_array(path.parent / spec["mask"], tuple(whole.shape)) if spec.get("mask") else whole
         alpha = float(spec.get("alpha", 1.0))
@@ -110,7 +111,7 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
         raise DataError(
             f"trigger {str(path)!r}: cannot read {error.filename or path}; expected a JSON file and its patterns"
         ) from error
-    except (EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"trigger {str(path)!r} is not a specification ({type(error).__name__}: {error}); "
             "expected target, mode, pattern and perhaps mask, alpha"
@@ -122,20 +123,35 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
     return Trigger(target, mode, pattern, mask, alpha)
 
 
-def _read_array(path: Path, shape: tuple[int | None, ...]) -> Tensor:
-    """An array of `shape`, whose first size may be open (None); images fit shapes of (channels, height, width)."""
+def _read_array(path: Path, shape: tuple[int | None, ...], low: float = 0, high: float = 1) -> Tensor:
+    """An array of `shape`, whose first size may be open (None), with values from `low` to `high`.
+
+    Images fit shapes of (channels, height, width).
+    """
     if path.suffix == ".npy":
-        array = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
+        except OSError:
+            raise
+        except Exception as error:  # numpy reads the header as Python source, and lets out what that raises
+            raise DataError(f"trigger pattern {path} is no plain .npy array ({str(error)[:120]})") from error
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+            raise DataError(f"trigger pattern {path} is {getattr(array, 'dtype', 'an archive')}; expected real numbers")
     else:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"), dtype=np.float32) / 255
-        array = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
-    found = tuple(array.shape)
+        pixels = np.asarray(read_image(path).convert("L" if shape[0] == 1 else "RGB"), dtype=np.float32) / 255
+        array = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+    found = array.shape
     if len(found) != len(shape) or any(want not in (size, None) for size, want in zip(found, shape, strict=True)):
         expected = str(tuple(shape)).replace("None", "patches")
         raise DataError(f"trigger pattern {path} has shape {found}; expected {expected} for these images")
     if not 1 <= found[0] <= MOST_PATCHES:
         raise DataError(f"trigger pattern {path} has {found[0]} patches; expected 1 to {MOST_PATCHES}")
-    if not bool(torch.isfinite(array).all()):
+    with np.errstate(over="ignore"):
+        values = np.array(array, dtype=np.float32, order="C")
+    if not bool(np.isfinite(values).all()):
         raise DataError(f"trigger pattern {path} holds values that are not finite")
-    return array.contiguous()
+    if values.min() < low - 1e-6 or values.max() > high + 1e-6:
+        raise DataError(
+            f"trigger pattern {path} runs from {values.min():.3g} to {values.max():.3g}; expected {low} to {high}"
+        )
+    return torch.from_numpy(values)

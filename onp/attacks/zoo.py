@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from onp.attacks.fitting import Fitting, fit
 from onp.attacks.poisoning import ATTACKS, draw_poisoning
 from onp.attacks.recipes import Recipe
 from onp.attacks.triggers import Trigger
-from onp.checkpoints import load_checkpoint, save_weights, write_atomically, write_json
+from onp.checkpoints import load_checkpoint, read_json, read_tensors, save_weights, write_json, write_tensors
 from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
 from onp.judge import Measurement, measure
@@ -65,10 +64,10 @@ class Zoo:
         """
         folder = self.root / recipe.folder
         made_by = folder / "recipe.json"
-        if made_by.exists() and json.loads(made_by.read_text()) != _plain(recipe):
+        if made_by.exists() and read_json(made_by) != _plain(recipe):
             raise ConfigError(f"{folder} was made by another recipe; remove it, or give another --root")
         found = (folder / name for name in ("entry.json", "refused.json"))
-        return next((json.loads(path.read_text()) for path in found if path.exists()), None)
+        return next((read_json(path) for path in found if path.exists()), None)
 
     def export(self, recipe: Recipe, out: Path) -> Path:
         """Copy a made entry to a folder below `out`, its weights as float16; returns the folder.
@@ -80,10 +79,9 @@ class Zoo:
             raise ConfigError(f"{self.root / recipe.folder} holds no entry that counts as trained; make it first")
         source, folder = self.root / recipe.folder, out / recipe.folder
         folder.mkdir(parents=True, exist_ok=True)
-        weights = safetensors.torch.load_file(source / "model.safetensors")
+        weights = read_tensors(source / "model.safetensors")
         halved = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-        target = folder / "model.safetensors"
-        write_atomically(target, lambda temporary: safetensors.torch.save_file(halved, temporary))
+        write_tensors(folder / "model.safetensors", halved)
         for path in source.glob("trigger*"):
             shutil.copy(path, folder)
         write_json(folder / "entry.json", record)

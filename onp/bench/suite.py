@@ -11,15 +11,15 @@ An entry may hold more, and leave out `checkpoint` (model.safetensors) and `trig
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from onp.checkpoints import read_json
 from onp.data import NAMED_DATA
-from onp.errors import ConfigError
+from onp.errors import ConfigError, FileError
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def read_suites(paths: Iterable[Path]) -> list[Suspect]:
 
 def _read(path: Path) -> list[Suspect]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--models {path} is no readable JSON ({error}); give a suite or an entry") from error
+        content = read_json(path)
+    except FileError as error:
+        raise ConfigError(f"--models: {error}, or give another suite or entry") from error
     if isinstance(content, list):
         return [_suspect(record, path, f"{path}, network {number}") for number, record in enumerate(content, 1)]
     known = {item.name for item in fields(Suspect)}
@@ -63,6 +63,8 @@ def _read(path: Path) -> list[Suspect]:
     if isinstance(record, dict):
         trigger = "trigger.json" if (path.parent / "trigger.json").exists() else None
         record = {"checkpoint": "model.safetensors", "trigger": trigger, **record}
+        if ":" in str(record.get("model")):
+            raise ConfigError(f"{path}: model {record['model']!r} is code; an entry names a registered network")
     return [_suspect(record, path, str(path))]
 
 
@@ -98,6 +100,6 @@ def _suspect(record: Any, path: Path, where: str) -> Suspect:
 
 
 def _numbers(value: Any, where: str) -> tuple[float, ...]:
-    if not isinstance(value, list) or not all(type(number) in (int, float) for number in value):
+    if not isinstance(value, list) or not all(type(number) in (int, float) and abs(number) < 1e9 for number in value):
         raise ConfigError(f"{where} is {value!r}; expected a list of numbers")
     return tuple(float(number) for number in value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
+import shutil
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.console import Console
 from onp.bench.aggregates import MEASURES, SUBJECT, Cell
 from onp.bench.suite import Suspect, read_suites
 from onp.bench.table_report import Failure, Results, make_tables, percent, rating, write_table
+from onp.checkpoints import read_json
 from onp.commands import console
 from onp.errors import ConfigError, OnpError
 from onp.inputs import InputConfig
@@ -59,6 +60,11 @@ class Run:
         return self.options.run_dir
 
     @property
+    def journal_dir(self) -> Path:
+        """Journals that the budgets of one network and seed share: what one has computed is there for the others."""
+        return self.path.parent / f".{self.model}-seed{self.seed}"
+
+    @property
     def finished(self) -> bool:
         return (self.path / "report.json").exists()
 
@@ -79,6 +85,8 @@ def run_table(config: TableConfig) -> int:
         new = not run.finished
         with console.status(f"{run.path.name} ..."):
             outcomes[run.path] = outcome = _attempt(run)
+        if all(other.finished for other in runs if other.journal_dir == run.journal_dir):
+            shutil.rmtree(run.journal_dir, ignore_errors=True)
         if new:
             console.print(
                 f"{len(outcomes)} of {len(runs)}  {run.path.name}: {_gist(outcome)}", markup=False, highlight=False
@@ -123,8 +131,8 @@ def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget
 def _attempt(run: Run) -> list[Cell] | Failure:
     """Do what is left of a run, and read its cells; whatever goes wrong with it is its own matter."""
     try:
-        folder = complete_run(run.options, Console(quiet=True))
-        return read_cells(run, json.loads(folder.file("report.json").read_text()))
+        folder = complete_run(run.options, Console(quiet=True), run.journal_dir)
+        return read_cells(run, read_json(folder.file("report.json")))
     except Exception as error:
         ours = isinstance(error, OnpError)
         text = str(error) if ours else f"{type(error).__name__}: {error}"

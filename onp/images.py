@@ -1,0 +1,52 @@
+"""Opening image files that may come from a stranger: a few formats, 8 bits a channel, no more pixels than fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+from onp.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
+"""what a file may hold, whatever it is called: some of Pillow's other formats start programs (EPS)"""
+MODES = ("1", "L", "P", "RGB")
+"""Pillow's modes that become 8-bit RGB without loss"""
+MOST_PIXELS = 2**26
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width, from the header; raises `DataError` for what `read_image` refuses by its header."""
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB; raises `DataError` where it is damaged or would not become 8-bit RGB without loss."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise DataError(f"cannot read {path}: expected an image file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"{path} has {image.width} x {image.height} pixels; expected {MOST_PIXELS} at the most")
+            if image.mode not in MODES or image.has_transparency_data:
+                what = image.mode if image.mode not in MODES else f"{image.mode} with transparency"
+                raise DataError(
+                    f"{path} is an image of mode {what}; convert it to 8-bit grey or RGB without transparency"
+                )
+            if getattr(image, "is_animated", False) and image.format != "MPO":  # a photo with its preview
+                raise DataError(f"{path} is an animation; expected one image")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is not a readable image ({reason}); remove or replace it") from error
