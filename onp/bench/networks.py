@@ -195,7 +195,7 @@ def _deviations(model: nn.Module, engine: Engine, mask: KeepMask, inputs: Tensor
 def _table(rows: list[Row]) -> Table:
     title = "networks with random weights; deviations of logits under masks of 1 % and 20 % of the units or groups"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = ("whole", "index s", "masked", "engine", "removed", "M params", "shrunk", "ONNX")
+    columns = ("untraced", "index s", "masked", "engine", "removed", "M params", "shrunk", "ONNX")
     for name in ("network", "image", *(kind.rpartition("_")[2] for kind in KINDS), "groups", *columns):
         table.add_column(name, justify="left" if name == "network" else "right", no_wrap=True)
     for row in rows:
