@@ -19,19 +19,22 @@ from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, trace, untraced
 
 _SUMS = {"add", "iadd", "add_", "sub", "isub", "sub_"}
 _PRODUCTS = {"mul", "imul", "mul_"}
-_CHANNELWISE = {
+_ELEMENTWISE = {
     *("ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Hardswish"),
-    *("Hardsigmoid", "Hardtanh", "Softplus", "Identity", "Dropout", "Dropout2d", "AlphaDropout", "StochasticDepth"),
-    *("MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "Upsample", "ZeroPad2d"),
+    *("Hardsigmoid", "Hardtanh", "Softplus", "Identity", "Dropout", "AlphaDropout", "StochasticDepth"),
     *("relu", "relu_", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh"),
-    *("hardswish", "hardsigmoid", "hardtanh", "softplus", "dropout", "max_pool2d", "avg_pool2d"),
-    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "stochastic_depth", "contiguous", "clone"),
+    *("hardswish", "hardsigmoid", "hardtanh", "softplus", "dropout", "stochastic_depth", "contiguous", "clone"),
+}
+"""operations that make each value of their output from the same value of their input, by name"""
+_CHANNELWISE = _ELEMENTWISE | {
+    *("Dropout2d", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "Upsample", "ZeroPad2d"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"),
 }
 """operations that make each channel (axis 1) of their output from the same channel of their input, by name"""
 
 
 class Channels(NamedTuple):
-    """The channels of one tensor, on its axis 1; each field has shape (channels,)."""
+    """The channels of one tensor, on its axis 1 (its last, behind a linear layer over tokens); fields: (channels,)."""
 
     ids: Tensor
     """int64"""
@@ -87,6 +90,7 @@ class _Walk(fx.Interpreter):
         self.untraced = {path for path, _ in untraced(graph_module)}
         self.shapes: dict[fx.Node, torch.Size] = {}
         self.channels: dict[fx.Node, Channels] = {}
+        self.last: set[fx.Node] = set()  # nodes whose channels are on the last axis, as a linear layer leaves tokens
         self.slots: dict[str, Slot] = {}
         self.parent: list[int] = []
         self.reasons: dict[int, str] = {}
@@ -98,7 +102,7 @@ class _Walk(fx.Interpreter):
         elif isinstance(value, Tensor):
             self.shapes[n] = value.shape
             if (known := self._visit(n, value)) is not None:
-                blank = (value == 0).transpose(0, 1).flatten(1).all(1)
+                blank = (value == 0).movedim(self._axis(n), 0).flatten(1).all(1)
                 self.channels[n] = known._replace(zero=known.fixed & blank)
         elif not isinstance(value, (int, torch.Size, torch.dtype, torch.device)):  # several tensors, as of a chunk
             self._stay_all(n, f"{operation(n, None)} reads it, and may mix, move or count channels")
@@ -129,9 +133,11 @@ class _Walk(fx.Interpreter):
         name = operation(node, module)
         if node.op == "placeholder":
             return self._new(value.shape[1], "it is a channel of the image")
+        if (isinstance(module, nn.Linear) and value.ndim > 2) or not self.last.isdisjoint(node.all_input_nodes):
+            return self._on_tokens(node, module, name)
         if isinstance(module, CONVOLUTIONS) and module.groups > 1:
             return self._grouped(node, module)
-        if isinstance(module, CONVOLUTIONS) or (isinstance(module, nn.Linear) and value.ndim == 2):
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             return self._mixing(node, module)
         known = [self.channels[source] for source in node.all_input_nodes if source in self.channels]
         result: Channels | None = None
@@ -145,10 +151,29 @@ class _Walk(fx.Interpreter):
         elif len(known) == 1:
             before = self.shapes[node.all_input_nodes[0]]
             result = known[0] if name in _CHANNELWISE else _reshaped(node, name, known[0], before, value.shape)
-        if result is None or len(result.ids) != value.shape[1]:
+        if result is None or len(result.ids) != value.shape[self._axis(node)]:
             self._stay_all(node, f"{name} reads it, and may mix, move or count channels")
             return None
         return result
+
+    def _axis(self, node: fx.Node) -> int:
+        return -1 if node in self.last else 1
+
+    def _on_tokens(self, node: fx.Node, module: nn.Module | None, name: str) -> Channels | None:
+        """A linear layer over the last axis of more than two, or what reads such a layer's output."""
+        source = node.all_input_nodes[0]
+        if isinstance(module, nn.Linear):
+            self.last.add(node)
+            if source in self.last:
+                return self._mixing(node, module)
+            self._stay_all(node, f"{node.target} reads another axis")
+            weight = module.get_parameter("weight")
+            return self._place(node, None, self._new(len(weight))._replace(fixed=_zero(weight, 0)))
+        if name in _ELEMENTWISE and len(node.all_input_nodes) == 1:
+            self.last.add(node)
+            return self.channels[source]
+        self._stay_all(node, f"{name} reads it, and may mix, move or count channels")
+        return None
 
     def _mixing(self, node: fx.Node, module: nn.Module) -> Channels:
         """A layer each of whose outputs reads every input channel."""

@@ -23,6 +23,7 @@ from onp.data import DefenceData
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
+from onp.shrinking import shrink
 from onp.units import index_units
 
 
@@ -88,6 +89,24 @@ def test_networks(name: str) -> None:
             assert torch.equal(model(inputs), logits[-1])
         assert (engine.logits(mask) - logits[-1]).abs().max() <= 1e-5 * logits[-1].abs().max()
     assert (logits[2] - logits[0]).abs().max() > 1e-2 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize(("name", "hidden"), [("vision_transformer", ".mlp.0"), ("convnext_tiny", ".block.3")])
+def test_hidden_neurons_between_tokens_are_cut_out(name: str, hidden: str) -> None:
+    """And no other unit: the stream, which layer-norm reads, keeps its width, and so do heads."""
+    torch.manual_seed(0)
+    build, size = NETWORKS[name]
+    model, generator = build(), torch.Generator().manual_seed(0)
+    randomise(model, generator)
+    index = index_units(model, (3, size, size))
+    mask = KeepMask(index, torch.rand(len(index), generator=generator) >= 0.3)
+    shrunk = shrink(model, mask, torch.rand(2, 3, size, size, generator=generator))
+    own = {unit for layer in index if layer.name.endswith(hidden) for unit in layer.units}
+    assert set(shrunk.removed) == own & mask.pruned != set()
+    apply_mask(model, mask)
+    others = torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(shrunk.model(others), model(others), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vision_transformer"])
