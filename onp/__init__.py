@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from onp.masks import masked as masked
     from onp.purify import PurifyConfig as PurifyConfig
     from onp.purify import purify as purify
-    from onp.shrink import load_shrunk as load_shrunk
-    from onp.shrink import save_shrunk as save_shrunk
-    from onp.shrink import shrink as shrink
+    from onp.shrinking import load_shrunk as load_shrunk
+    from onp.shrinking import save_shrunk as save_shrunk
+    from onp.shrinking import shrink as shrink
     from onp.units import UnitIndex as UnitIndex
     from onp.units import index_units as index_units
 
@@ -42,11 +42,11 @@ _HOMES = {
     "index_units": "onp.units",
     "load_defence_data": "onp.inputs",
     "load_model": "onp.inputs",
-    "load_shrunk": "onp.shrink",
+    "load_shrunk": "onp.shrinking",
     "masked": "onp.masks",
     "purify": "onp.purify",
-    "save_shrunk": "onp.shrink",
-    "shrink": "onp.shrink",
+    "save_shrunk": "onp.shrinking",
+    "shrink": "onp.shrinking",
 }
 __all__ = list(_HOMES)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from rich.table import Table
 from torch import nn
@@ -23,7 +24,7 @@ from onp.errors import ConfigError
 from onp.export import export_onnx, export_program, require_onnx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask, apply_mask
-from onp.shrink import Shrunk, load_shrunk, logits_of, multiply_adds, parameter_count, same, save_shrunk, shrink
+from onp.shrinking import Shrunk, load_shrunk, logits_of, multiply_adds, parameter_count, same, save_shrunk, shrink
 from onp.units import UnitIndex, index_units
 
 Format = Literal["safetensors", "shrunk", "export", "onnx"]
@@ -47,6 +48,8 @@ class ApplyConfig(InputConfig):
     """keep mask of a run (masks/METHOD.json)"""
     data: str = tyro.MISSING
     """as for onp.train; every file is checked on the clean images that the options draw from train/"""
+    device: tyro.conf.Suppress[str] = "cpu"
+    """where the files are checked; a GPU would round otherwise"""
     out: Path = Path("deploy")
     """folder for the files, new or empty; it appears when every file is in it and checked"""
     formats: tuple[Format, ...] = tuple(FILES)
@@ -70,10 +73,11 @@ def apply(config: ApplyConfig) -> None:
         files = {}
         for kind in config.formats:
             path = folder / FILES[kind]
+            console.print(f"Writing {path.name} ...", style="dim", highlight=False)
             deviation = _write(kind, path, inputs.model, purified, shrunk, data)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "deviation": deviation}
         record = {
-            "model": config.model,
+            "model": Path(config.model).name,
             "checkpoint_sha256": sha256(config.checkpoint),
             "mask_sha256": sha256(config.mask),
             "mean": config.mean,
@@ -88,6 +92,7 @@ def apply(config: ApplyConfig) -> None:
             "parameters": [parameter_count(network) for network in (inputs.model, shrunk.model)],
             "multiply_adds": [multiply_adds(network, data.input_shape) for network in (inputs.model, shrunk.model)],
             "files": files,
+            "versions": {"torch": torch.__version__},
         }
         write_json(folder / "deploy.json", record)
     _show(record, config.out)
@@ -144,7 +149,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 def _show(record: dict[str, Any], out: Path) -> None:
     removed, pruned = record["units_removed"], record["units_pruned"]
-    console.print(f"{pruned} of {record['units']} units pruned: {removed} removed, {pruned - removed} stay as zeros")
+    console.print(f"{pruned} of {record['units']} units pruned: {removed} removed, {pruned - removed} kept as zeros")
     zeros = record["kept_as_zeros"]
     for entry in zeros[:REASONS]:
         numbers = ", ".join(map(str, entry["units"][:REASONS])) + (", ..." if len(entry["units"]) > REASONS else "")

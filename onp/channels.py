@@ -99,6 +99,8 @@ class _Walk(fx.Interpreter):
             if (known := self._visit(n, value)) is not None:
                 blank = (value == 0).transpose(0, 1).flatten(1).all(1)
                 self.channels[n] = known._replace(zero=known.fixed & blank)
+        elif not isinstance(value, (int, torch.Size, torch.dtype, torch.device)):  # several tensors, as of a chunk
+            self._stay_all(n, f"{operation(n, None)} reads it, and may mix, move or count channels")
         return value
 
     def channel_map(self) -> ChannelMap:
@@ -142,7 +144,7 @@ class _Walk(fx.Interpreter):
             before = self.shapes[node.all_input_nodes[0]]
             result = known[0] if name in _CHANNELWISE else _reshaped(node, name, known[0], before, value.shape)
         if result is None or len(result.ids) != value.shape[1]:
-            self._stay_all(node, f"{name} reads it, and may treat channels together or count them")
+            self._stay_all(node, f"{name} reads it, and may mix, move or count channels")
             return None
         return result
 
@@ -174,11 +176,15 @@ class _Walk(fx.Interpreter):
         return written
 
     def _merged(self, node: fx.Node, known: list[Channels], value: Tensor, product: bool) -> Channels | None:
-        """A sum or product, whose operands' channels are tied; None where they are not the same in number."""
+        """A sum or product, which ties its operands' channels; None where they do not meet one to one."""
         operands = [source for source in node.all_input_nodes if source in self.shapes]
-        if not known or any(len(part.ids) != value.shape[1] for part in known):
-            return None
-        if any(self.shapes[source].numel() > 1 for source in operands if source not in self.channels):
+        for source in operands:
+            shape = self.shapes[source]
+            if source not in self.channels and shape.numel() > 1:
+                return None
+            if source in self.channels and (len(shape) != value.ndim or shape[1] != value.shape[1]):
+                return None
+        if not known:
             return None
         first, *rest = known
         for part in rest:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onp.checkpoints import write_atomically
 from onp.data import Normalisation
 from onp.errors import ConfigError, ModelError
-from onp.shrink import logits_of, same
+from onp.shrinking import logits_of, same
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 NONE = Normalisation()
@@ -39,7 +39,7 @@ class Deployable(nn.Module):
 
 
 def export_program(
-    model: nn.Module, images: Tensor, path: Path, normalise: Normalisation = NONE, expected: Tensor | None = None
+    model: nn.Module, images: Tensor, path: str | Path, normalise: Normalisation = NONE, expected: Tensor | None = None
 ) -> float:
     """Write a `torch.export` program (.pt2) of `model`, to be read with `torch.export.load(path).module()`.
 
@@ -58,7 +58,7 @@ def export_program(
 
 
 def export_onnx(
-    model: nn.Module, images: Tensor, path: Path, normalise: Normalisation = NONE, expected: Tensor | None = None
+    model: nn.Module, images: Tensor, path: str | Path, normalise: Normalisation = NONE, expected: Tensor | None = None
 ) -> float:
     """Write an ONNX model, with input `images` and output `logits`, and check it with ONNX's checker and onnxruntime.
 
@@ -102,7 +102,7 @@ def _program(network: Deployable, images: Tensor) -> torch.export.ExportedProgra
 
 
 def _write(
-    path: Path,
+    path: str | Path,
     write: Callable[[Path], object],
     read: Callable[[Path], Network],
     network: Deployable,
@@ -110,7 +110,7 @@ def _write(
     expected: Tensor | None,
 ) -> float:
     """Write a file that, read back, does on `images` what is expected (by default what `network` does), or none."""
-    images, deviations = images.cpu(), list[float]()
+    path, images, deviations = Path(path), images.cpu(), list[float]()
 
     def write_and_check(file: Path) -> None:
         wanted = logits_of(network, images) if expected is None else expected.cpu()

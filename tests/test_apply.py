@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from onp.checkpoints import load_checkpoint
 from onp.data import Normalisation
 from onp.errors import CheckpointError, ConfigError, MaskError, ModelError, OnpError
 from onp.export import export_onnx, export_program
-from onp.shrink import load_shrunk
+from onp.shrinking import load_shrunk
 
 ROOT = Path(__file__).parents[1]
 NETWORK = """
@@ -110,7 +111,7 @@ def deployed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "3 of 189 units pruned: 1 removed, 2 stay as zeros" in done.stdout
+    assert "3 of 189 units pruned: 1 removed, 2 kept as zeros" in done.stdout
     assert "6.input [0, 1]: an input position goes with its whole channel alone: 6 still reads it" in done.stdout
     assert "attacks False" in done.stdout
     return out
@@ -235,6 +236,22 @@ def test_stopping_in_the_middle_leaves_nothing(
         apply(options(inputs, tmp_path / "out"))
     assert sorted(seen) == ["purified.safetensors", "shrunk.safetensors"], "it stopped too early to tell"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_command_leaves_no_folder_of_that_name(inputs: Path, tmp_path: Path) -> None:
+    """Killed when all but one file is written; the next attempt goes through."""
+    script = (
+        "import os, signal; from pathlib import Path; from onp import apply as command; "
+        "import tests.test_apply as here; "
+        "command.export_program = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL); "
+        f"command.apply(here.options(Path({str(inputs)!r}), Path({str(tmp_path / 'out')!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=240, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(tmp_path.rglob("shrunk.safetensors")), "it stopped too early to tell"
+    assert not (tmp_path / "out").exists()
+    apply(replace(options(inputs, tmp_path / "out"), formats=("safetensors",)))
+    assert (tmp_path / "out" / "deploy.json").is_file()
 
 
 def test_without_the_packages_for_onnx(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import onp
 from onp.errors import CheckpointError, ModelError
 from onp.masks import KeepMask, apply_mask
 from onp.models import build_model
-from onp.shrink import Shrunk, deviation, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
+from onp.shrinking import Shrunk, deviation, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
 from onp.units import index_units
 
 Randomise = Callable[..., nn.Module]
@@ -239,6 +239,8 @@ def test_what_maps_zero_to_zero_lets_a_channel_go(name: str, randomised: Randomi
         (nn.GroupNorm(2, 6), "GroupNorm reads it"),
         (lambda x: x.flip(1), "flip reads it"),
         (lambda x: x.view(-1, 6, 8, 8), "view reads it"),
+        (lambda x: torch.cat([x.chunk(2, 1)[1], x.chunk(2, 1)[0]], 1), "chunk reads it"),
+        (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), "getitem reads it"),
         (lambda x: x * FACTORS, "mul reads it"),
         (nn.Conv2d(6, 6, 1, groups=2), "works in groups"),
     ],
@@ -362,6 +364,7 @@ def test_what_is_written_is_small_and_comes_back(saved: Path, randomised: Random
     }
     original = Depthwise()
     loaded = onp.load_shrunk(original, str(saved))
+    assert onp.shrink is shrink is onp.shrink, "a module of that name would hide the function"
     torch.manual_seed(0)
     expected = shrunk_without(randomised(Depthwise()), "bn[2]", "bn[3]", "point[1]").model
     assert not loaded.training and original.point.out_channels == 5

@@ -38,7 +38,7 @@ class Shrunk:
     """A smaller network, and what became of every pruned unit."""
 
     model: nn.Module
-    """of the original's class and keys, in eval mode"""
+    """of the original's class and keys, on the CPU, in eval mode"""
     input_shape: tuple[int, ...]
     channels: dict[str, dict[str, int]]
     """`outputs` (and `inputs`) of every layer that is smaller now, by module path"""
@@ -57,7 +57,8 @@ def shrink(model: nn.Module, mask: KeepMask, inputs: Tensor) -> Shrunk:
     or differs by more than `LARGEST_DEVIATION`, the masked network is the result. Raises `ModelError` where the network
     cannot be traced.
     """
-    pruned = copy.deepcopy(model).eval()
+    # On the CPU: a GPU's convolutions may round to TF32, and otherwise for other numbers of channels.
+    inputs, pruned = inputs.cpu(), copy.deepcopy(model).cpu().eval()
     apply_mask(pruned, mask)
     expected = logits_of(pruned, inputs)
     found = map_channels(pruned, tuple(inputs.shape[1:]))
@@ -95,14 +96,15 @@ def _reason(found: ChannelMap, index: UnitIndex, unit: int) -> str | None:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def save_shrunk(shrunk: Shrunk, path: Path) -> None:
+def save_shrunk(shrunk: Shrunk, path: str | Path) -> None:
     """Write the weights as safetensors and, beside them (`.json`), the sizes of the layers that are smaller."""
+    path = Path(path)
     write_json(path.with_suffix(".json"), {"input_shape": shrunk.input_shape, "channels": shrunk.channels})
     save_weights(shrunk.model, path)
 
 
 def load_shrunk(model: nn.Module, path: str | Path) -> nn.Module:
-    """The network that `save_shrunk` wrote, from its original `model` (of any weights), in eval mode.
+    """The network that `save_shrunk` wrote, from its original `model` (of any weights): on the CPU, in eval mode.
 
     Reads `path` (safetensors) and the JSON beside it. No layer becomes larger than in `model`, so a hostile file cannot
     make this allocate more than that. Raises `CheckpointError` where the files do not fit the network or each other.
@@ -116,7 +118,7 @@ def load_shrunk(model: nn.Module, path: str | Path) -> nn.Module:
         raise CheckpointError(
             f"{sizes} does not hold the sizes of a shrunken network ({error!r}); it belongs beside {path.name}"
         ) from error
-    smaller = copy.deepcopy(model).eval()
+    smaller = copy.deepcopy(model).cpu().eval()
     layers: dict[str, nn.Module] = {name: part for name, part in smaller.named_modules() if isinstance(part, LAYERS)}
     for name, size in _checked(channels, layers, sizes).items():
         inputs = torch.arange(size["inputs"]) if "inputs" in size else None
@@ -167,9 +169,9 @@ def _cut(module: nn.Module, outputs: Tensor, inputs: Tensor | None) -> None:
     for name, tensor in module.state_dict().items():
         if tensor.ndim == 0:
             continue
-        part = tensor.index_select(0, outputs.to(tensor.device))
+        part = tensor.index_select(0, outputs)
         if inputs is not None and tensor.ndim > 1:
-            part = part.index_select(1, inputs.to(tensor.device))
+            part = part.index_select(1, inputs)
         is_parameter = name in dict(module.named_parameters())
         setattr(module, name, nn.Parameter(part) if is_parameter else part)
     if isinstance(module, nn.Linear):
@@ -211,8 +213,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image."""
-    device = next(model.parameters()).device
+    """Multiply-adds of the convolutions and linear layers for one image; `model` is on the CPU, in eval mode."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, *input_shape, device=device))
+        model(torch.zeros(1, *input_shape))
     return counter.get_total_flops() // 2
