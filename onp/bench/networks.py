@@ -23,7 +23,7 @@ from onp.errors import ConfigError, ModelError, OnpError
 from onp.export import export_onnx, require_onnx
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
-from onp.shrink import logits_of, parameter_count, shrink
+from onp.shrinking import logits_of, parameter_count, shrink
 from onp.tracing import BATCH_NORMS
 from onp.units import KINDS, UnitIndex, index_units
 
