@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from onp.masks import KeepMask as KeepMask
     from onp.masks import apply_mask as apply_mask
     from onp.masks import masked as masked
-    from onp.purify import PurifyConfig as PurifyConfig
-    from onp.purify import purify as purify
+    from onp.purification import PurifyConfig as PurifyConfig
+    from onp.purification import purify as purify
     from onp.shrinking import load_shrunk as load_shrunk
     from onp.shrinking import save_shrunk as save_shrunk
     from onp.shrinking import shrink as shrink
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DefenceData": "onp.data",
     "KeepMask": "onp.masks",
-    "PurifyConfig": "onp.purify",
+    "PurifyConfig": "onp.purification",
     "UnitIndex": "onp.units",
     "apply_mask": "onp.masks",
     "export_onnx": "onp.export",
@@ -44,7 +44,7 @@ _HOMES = {
     "load_model": "onp.inputs",
     "load_shrunk": "onp.shrinking",
     "masked": "onp.masks",
-    "purify": "onp.purify",
+    "purify": "onp.purification",
     "save_shrunk": "onp.shrinking",
     "shrink": "onp.shrinking",
 }
@@ -52,7 +52,10 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that the parts may import each other."""
+    """Import a public name when it is first used, so that the parts may import each other.
+
+    No module of the package may have such a name: once imported, it would take its place.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'onp' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

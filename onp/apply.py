@@ -73,6 +73,7 @@ def apply(config: ApplyConfig) -> None:
         files = {}
         for kind in config.formats:
             path = folder / FILES[kind]
+            console.print(f"Writing {path.name} ...", style="dim", highlight=False)
             deviation = _write(kind, path, inputs.model, purified, shrunk, data)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "deviation": deviation}
         record = {

@@ -16,7 +16,7 @@ from onp.engine import Engine
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
-from onp.purify import check_network
+from onp.purification import check_network
 from onp.units import index_units
 
 

@@ -24,7 +24,7 @@ from onp.errors import ConfigError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure
 from onp.masks import KeepMask, masked
-from onp.purify import METHODS, MethodResult
+from onp.purification import METHODS, MethodResult
 from onp.run_folder import RunFolder
 from onp.units import UnitIndex
 

@@ -16,7 +16,7 @@ from onp.checkpoints import read_json, read_tensors, save_weights, write_atomica
 from onp.errors import ConfigError, FileError
 from onp.inputs import InputConfig
 from onp.masks import KeepMask
-from onp.purify import MethodResult
+from onp.purification import MethodResult
 from onp.units import UnitIndex
 
 

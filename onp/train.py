@@ -19,7 +19,7 @@ from onp.data import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
-from onp.purify import METHODS, Purification, PurifyConfig
+from onp.purification import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.trigger_recovery import LEAST_TRUST

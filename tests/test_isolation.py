@@ -24,7 +24,7 @@ PURIFY = """
 import runpy, torch
 from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData
-from onp.purify import METHODS, Purification, PurifyConfig, purify
+from onp.purification import METHODS, Purification, PurifyConfig, purify
 
 torch.manual_seed(0)
 network = runpy.run_path("network.py")["tiny"]()
@@ -97,7 +97,7 @@ def test_defending_never_imports_the_attacks(folder: Path) -> None:
     loaded = loaded_by(folder, PURIFY + command())
     for name in ("result", "results"):
         modules = loaded[name][1]
-        assert {"onp.purify", "onp.units", "onp.trigger_recovery"} <= modules, "nothing was run"
+        assert {"onp.purification", "onp.units", "onp.trigger_recovery"} <= modules, "nothing was run"
         assert attacks(modules) == set()
         assert not modules & {"onp.judge", "onp.report"}, "the defending path imports what sees test images"
     code, modules = loaded["code"]

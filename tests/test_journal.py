@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from onp.config import AgentConfig, EnvConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData
 from onp.journal import Journal, Values
-from onp.purify import MethodResult, Purification, PurifyConfig
+from onp.purification import MethodResult, Purification, PurifyConfig
 
 
 def values(number: int) -> Values:

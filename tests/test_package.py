@@ -69,6 +69,15 @@ def test_the_environment_is_registered_from_the_wheel(wheel: zipfile.ZipFile, tm
     assert done.stdout.split() == [str(tmp_path / "envs" / "__init__.py"), "envs.pruning:PruningEnv"], done.stderr
 
 
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    """In a process of its own, since a module takes its name in the package when it is first imported."""
+    script = "import onp; print(*(type(getattr(onp, name)).__name__ for _ in range(2) for name in onp.__all__))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert set(done.stdout.split()) == {"function", "type"}, done.stdout + done.stderr
+
+
 def test_continuous_integration_finds_the_test_command() -> None:
     """The very line of `.ci/run` that reads the README, run in bash."""
     (line,) = re.findall(r"^command=.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)

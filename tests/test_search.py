@@ -26,7 +26,7 @@ from onp.config import AgentConfig, EnvConfig, TriggerRecoveryConfig, UnlearnCon
 from onp.data import DefenceData
 from onp.errors import ConfigError
 from onp.masks import KeepMask, masked
-from onp.purify import METHODS, Purification, PurifyConfig, choose_mask, purify
+from onp.purification import METHODS, Purification, PurifyConfig, choose_mask, purify
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
 
@@ -492,7 +492,7 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
     """Evidence is a mask at most two thirds of the runner-up's size."""
     trigger = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), sizes)
     clues = Clues(network(1), trigger)
-    monkeypatch.setattr("onp.purify.find_clues", lambda *_: clues)
+    monkeypatch.setattr("onp.purification.find_clues", lambda *_: clues)
     config = replace(QUICK, always=False)
     for method in METHODS:
         result = Purification(network(), data, config).run(method)

@@ -31,8 +31,11 @@ def attack(config: AttackConfig) -> None:
         raise ConfigError(f"--checkpoint {config.checkpoint}: a test model is trained from scratch; leave it out")
     inputs = open_inputs(config.resolved())
     out = config.out.expanduser().resolve()
-    with console.status("training ..."):
-        trigger = make_backdoored_model(inputs, out, config.seed, config.training)
+    with console.status("training ...") as status:
+        trigger = make_backdoored_model(
+            inputs, out, config.seed, config.training,
+            lambda epoch, epochs: status.update(f"training: {epoch} of {epochs} epochs done ..."),
+        )  # fmt: skip
     console.print(f"{out / 'backdoored.safetensors'}, trigger to {trigger.target}: {out / 'trigger.json'}")
     made = open_inputs(AttackConfig(**{**vars(inputs.config), "checkpoint": out / "backdoored.safetensors"}))
     judge = Judge(made, out / "trigger.json" if made.dataset("test") is not None else None)

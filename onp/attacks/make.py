@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from onp.attacks.poisoning import TrainingConfig, train_backdoored
@@ -11,7 +12,13 @@ from onp.inputs import Inputs
 from onp.models import build_model
 
 
-def make_backdoored_model(inputs: Inputs, folder: Path, seed: int, config: TrainingConfig | None = None) -> Trigger:
+def make_backdoored_model(
+    inputs: Inputs,
+    folder: Path,
+    seed: int,
+    config: TrainingConfig | None = None,
+    progress: Callable[[int, int], None] = lambda epoch, epochs: None,
+) -> Trigger:
     """Train the network of `inputs` afresh on its poisoned data; write `trigger.json`, `backdoored.safetensors`."""
     config = config or TrainingConfig()
     dataset = inputs.attacker_dataset()
@@ -22,6 +29,7 @@ def make_backdoored_model(inputs: Inputs, folder: Path, seed: int, config: Train
         inputs.config.normalisation,
         seed,
         inputs.device,
+        progress,
     )
     trigger.save(folder / "trigger.json")
     save_weights(model, folder / "backdoored.safetensors")

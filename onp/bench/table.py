@@ -18,7 +18,7 @@ from onp.checkpoints import read_json
 from onp.commands import console
 from onp.errors import ConfigError, OnpError
 from onp.inputs import InputConfig
-from onp.purify import PurifyConfig
+from onp.purification import PurifyConfig
 from onp.run_folder import RunFolder
 from onp.train import TrainConfig, complete_run
 

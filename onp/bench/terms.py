@@ -18,7 +18,7 @@ from onp.commands import console
 from onp.config import EnvConfig
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
-from onp.purify import Purification, PurifyConfig
+from onp.purification import Purification, PurifyConfig
 from onp.report import Judge
 
 COLUMNS = (*TERMS, "potential")
