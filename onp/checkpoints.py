@@ -32,7 +32,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Reads safetensors, or PyTorch files with `weights_only=True` and no other way. Weights may lie under
     `state_dict`, `net` or `model`; a `module.` prefix of all keys is dropped; the log says so. Raises
     `CheckpointError`, with `model` unchanged, where the file cannot be read, keys, types or shapes differ, or a weight
-    is not finite. What it costs in memory is bounded by the file and the network, whatever the file declares.
+    is not finite. What it costs in memory is bounded by the file and the network, whatever the file declares
+    (PyTorch's format of before 1.6 may reserve more, which is never touched).
     """
     weights = _unwrap(_read(path), path)
     expected = model.state_dict()
@@ -85,6 +86,8 @@ def _read_pytorch(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
                 raise ValueError("its parts are larger than the file")
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"its part {damaged} is damaged")
     with _no_further_types():
         # Mapped, a storage ends where the file does, whatever size it declares.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 Kill = tuple[str, float] | None
-"""("event", n), ("renaming", n), ("record", n): at the n-th; ("seconds", s): after a time; None: not at all"""
+"""("event", n), ("renaming", n), ("record", n): at the n-th; ("seconds", s): after a time; None: not at all.
+
+("size", n) kills nothing: no file may grow beyond n bytes, as if the disk were full then."""
 
 
 class Jobs:
@@ -108,6 +111,8 @@ def _child(command: str, arguments: list[str], kill: Kill, done: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         append(self, path, record)
 
+    if kill is not None and kill[0] == "size":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(kill[1]), resource.RLIM_INFINITY))
     os.replace = renaming  # type: ignore[assignment]
     Journal._append = recording  # type: ignore[method-assign]
     sys.argv = [command, *arguments]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -39,6 +41,16 @@ def not_a_network():
 """
 
 
+class MakesAFolder:
+    """Does so when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
 def write_images(folder: Path, classes: int, per_class: int = 2) -> None:
     generator = torch.Generator().manual_seed(0)
     for label in range(classes):
@@ -61,6 +73,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["4.weight"][1, 7] = float("nan")
     safetensors.torch.save_file(weights, folder / "nan.safetensors")
     (folder / "text.pth").write_text("no weights\n")
+    torch.save({"state_dict": weights, "note": MakesAFolder(folder / "executed")}, folder / "evil.pth")
+    np.save(folder / "evil.npy", np.array([MakesAFolder(folder / "executed")], dtype=object), allow_pickle=True)
     for split in ("train", "test"):
         write_images(folder / "images" / split, 3)
         write_images(folder / "more_classes" / split, 4)
@@ -79,6 +93,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "negative": '{"target": -1, "mode": "add", "pattern": "patch.png"}',
         "no_pattern": '{"target": 1, "mode": "add", "pattern": "absent.png"}',
         "large_pattern": '{"target": 1, "mode": "add", "pattern": "large.png"}',
+        "evil": '{"target": 1, "mode": "add", "pattern": "evil.npy"}',
         "no_json": "{",
         "list": "[]",
     }
@@ -143,6 +158,12 @@ BAD = [
     ("--checkpoint {}/absent.pth", "absent.pth"),
     ("--checkpoint {}", "checkpoint"),
     ("--checkpoint {}/text.pth", "text.pth weights"),
+    ("--checkpoint {}/evil.pth", "evil.pth weights"),
+    ("--policy {}/evil.pth", "evil.pth weights"),
+    ("--trigger {}/evil.json", "evil.npy"),
+    ("--image-size 0", "--image-size 0"),
+    ("--image-size 1000000", "--image-size 1000000 4096"),
+    ("--num-classes 1000000000", "--num-classes 1000000000"),
     ("--data {}/absent", "absent train/CLASS/IMAGE"),
     ("--data {}/no_train", "no_train train/CLASS/IMAGE"),
     ("--data {}/no_images", "no_images"),
@@ -187,10 +208,32 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD)
-def test_bad_inputs(arguments: Callable[[str], list[str]], tmp_path: Path, changes: str, words: str) -> None:
+def test_bad_inputs(
+    arguments: Callable[[str], list[str]], inputs: Path, tmp_path: Path, changes: str, words: str
+) -> None:
     code, err = call(arguments(changes))
     check_one_line(code, err, words)
     assert list(tmp_path.iterdir()) == [], "the command left something behind"
+    assert not (inputs / "executed").exists(), "a pickle was executed"
+
+
+def test_the_pickles_above_would_have_done_something(inputs: Path) -> None:
+    torch.load(inputs / "evil.pth", weights_only=False)
+    (inputs / "executed").rmdir()
+    np.load(inputs / "evil.npy", allow_pickle=True)
+    (inputs / "executed").rmdir()
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: TrainConfig) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/masks/onp.json")
+
+    monkeypatch.setattr(sys, "argv", ["onp.train"])
+    with pytest.raises(SystemExit) as stop:
+        run_command(TrainConfig, fail, "onp.train")
+    assert stop.value.code == os.EX_IOERR
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "No space left on device" in err and "runs/a/masks/onp.json" in err
 
 
 def test_the_good_command_line_is_good(arguments: Callable[[str], list[str]], tmp_path: Path) -> None:

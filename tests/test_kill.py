@@ -166,6 +166,20 @@ def test_killed_while_a_record_is_written(folder: Path, job: Job, reference: Ref
     check_same_results(run, reference.path)
 
 
+@pytest.mark.parametrize("size", [4000, 9000])
+def test_a_full_disk_leaves_what_was_written_before(folder: Path, job: Job, reference: Reference, size: int) -> None:
+    """4000 bytes end a journal, 9000 a policy or a plot; the same command goes on when there is room again."""
+    run = folder / f"size{size}"
+    code, _, _ = job(run.name, ("size", size))
+    assert code == os.EX_IOERR
+    check_whole(run)
+    assert not (run / "report.json").exists()
+    assert not [path for path in run.rglob(".*") if path.is_file()], "a temporary file was left behind"
+    code, _, _ = job(run.name, None)
+    assert code == 0
+    check_same_results(run, reference.path)
+
+
 @pytest.mark.parametrize("fraction", FRACTIONS)
 def test_killed_after_some_time(folder: Path, job: Job, reference: Reference, fraction: float) -> None:
     check_killed_and_finished(folder / f"time{fraction}", job, ("seconds", fraction * reference.seconds), reference)
