@@ -33,14 +33,14 @@ from onp.units import index_units
 
 
 @pytest.fixture(autouse=True)
-def at_most_a_minute() -> Iterator[None]:
+def at_most_ten_minutes() -> Iterator[None]:
     """What waits for ever fails, rather than the whole suite."""
 
     def stop(*_: object) -> None:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
+    signal.alarm(600)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -70,6 +70,7 @@ ODD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")
 @pytest.mark.parametrize("kind", ODD)
 def test_weights_have_to_be_plain_floats(tmp_path: Path, kind: str) -> None:
     weights = network().state_dict()
@@ -111,27 +112,20 @@ def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_is_declared_larger_than_the_file(tmp_path: Path) -> None:
-    """A weight of the right shape in a storage of 2^40 numbers, of which the file holds 24."""
-    path = tmp_path / "w.pth"
-    torch.save(network().state_dict() | {"3.weight": torch.rand(24).view(2, 12)}, path)
-    declared = b"cpuq\x07K\x18t"  # of the pickle: location, then the number of elements, 24
-    seen = []
+    """A weight of the right shape in a storage of 2^40 numbers: what the file holds is read, and nothing behind it."""
+    path, weight = tmp_path / "w.pth", torch.rand(2, 12)
+    torch.save(network().state_dict() | {"3.weight": weight}, path)
 
     def change(name: str, part: bytes) -> bytes:
         if not name.endswith("data.pkl"):
             return part
-        place = part.index(b"K\x18", part.index(b"3.weight"))
-        seen.append(place)
+        place = part.index(b"K\x18", part.index(b"3.weight"))  # the number of elements, 24, as the pickle has it
         return part[:place] + b"\x8a\x06" + (2**40).to_bytes(6, "little") + part[place + 2 :]
 
     repacked(path, change)
-    assert seen and declared
     model = network()
-    try:
-        load_checkpoint(model, path)
-    except CheckpointError:
-        return
-    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    load_checkpoint(model, path)
+    assert torch.equal(model.get_parameter("3.weight"), weight)
 
 
 def test_a_damaged_part_of_an_archive(tmp_path: Path) -> None:

@@ -227,18 +227,18 @@ def test_a_table_killed_again_and_again(folder: Path, runner: Jobs) -> None:
     small |= {"--purify.budget": 24, "--purify.env.max-steps": 2, "--purify.env.recovery.steps": 5}
     options = [str(part) for option in small.items() for part in option]
     paths = [["--out", str(folder / name)] for name in ("table", "killed_table")]
-    killed_again_and_again(runner, "onp.bench table", options + paths[0], options + paths[1], kills=6)
+    killed_again_and_again(runner, "onp.bench table", options + paths[0], options + paths[1], kills=4)
     assert differences(folder / "killed_table", folder / "table") == []
     assert len(json.loads((folder / "table" / "table.json").read_text())["cells"]) >= 2 * len(METHODS)
 
 
 def test_a_zoo_killed_again_and_again(folder: Path, runner: Jobs) -> None:
-    """An entry and its clean twin, after whichever epoch."""
-    options = ["make", "digits-small_cnn-badnets", "--threads", "1", "--root"]
+    """Whatever the epoch, and between the files of the result."""
+    options = ["make", "digits-small_cnn-clean", "--threads", "1", "--root"]
     roots = [str(folder / name) for name in ("zoo", "killed_zoo")]
-    killed_again_and_again(runner, "onp.zoo", [*options, roots[0]], [*options, roots[1]], kills=3)
+    killed_again_and_again(runner, "onp.zoo", [*options, roots[0]], [*options, roots[1]], kills=2)
     assert differences(folder / "killed_zoo", folder / "zoo") == []
-    assert len(list((folder / "zoo").glob("*/entry.json"))) == 2
+    assert len(list((folder / "zoo").glob("*/entry.json"))) == 1
 
 
 def test_differences_are_noticed(folder: Path, reference: Reference) -> None:
