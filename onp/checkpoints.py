@@ -185,6 +185,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # else a power cut might leave the new name on an empty file
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # rather than the temporary one, or none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -59,8 +59,12 @@ class Journal:
 
     def _append(self, path: Path, record: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(record)
+        try:
+            with path.open("ab") as file:
+                file.write(record)
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
     def _read(self, path: Path) -> None:
         content, place = path.read_bytes(), 0

@@ -109,7 +109,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     journal.path = tmp_path / "j"
     with pytest.raises(OSError) as caught:
         journal.recall("name", lambda: values(0))
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "j")
 
 
 # --- a method that is killed anywhere in between ----------------------------------------------------------------
