@@ -1,4 +1,4 @@
-"""`python -m onp.bench engine`, `table` or `terms`: speed of the engine; networks x methods; what rewards predict."""
+"""`python -m onp.bench`: speed of the engine; networks x methods; what rewards predict; verdicts on known networks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from onp.commands import run_command
 
-BENCHES = ("engine", "table", "terms")
+BENCHES = ("engine", "table", "terms", "detect")
 
 
 def main() -> None:
@@ -24,6 +24,10 @@ def main() -> None:
         from onp.bench.terms import TermsConfig, run_terms  # likewise
 
         run_command(TermsConfig, run_terms, "onp.bench terms")
+    elif name == "detect":
+        from onp.bench.detect import DetectBenchConfig, run_detect_bench  # likewise
+
+        run_command(DetectBenchConfig, run_detect_bench, "onp.bench detect")
     else:
         print(f"error: benchmark {name!r}: expected one of {', '.join(BENCHES)}, then its options", file=sys.stderr)
         sys.exit(2)
