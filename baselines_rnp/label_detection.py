@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Literal
@@ -25,14 +25,12 @@ from onp.warp_recovery import RecoveredWarp, recover_warp
 
 LEAST_CONFIDENCE = 0.5
 """confidence from which the verdict is that there is evidence"""
-FEATURES = ("outlier", "agreement")
-"""properties of `Evidence` that the confidence is computed from"""
 Family = Literal["mask", "warp"]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A logistic regression on `FEATURES`."""
+    """A logistic regression on the `features` of a network."""
 
     weights: tuple[float, ...]
     intercept: float
@@ -43,10 +41,18 @@ class Calibration:
         record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
         return cls(tuple(record["weights"]), record["intercept"])
 
-    def __call__(self, features: Sequence[float]) -> float:
+    def __call__(self, outlier: float, agreement: float) -> float:
         """Probability of a backdoor, if half of all networks had one."""
-        score = self.intercept + sum(w * value for w, value in zip(self.weights, features, strict=True))
-        return 1 / (1 + math.exp(-score))
+        terms = zip(self.weights, features(outlier, agreement), strict=True)
+        return 1 / (1 + math.exp(-self.intercept - sum(weight * value for weight, value in terms)))
+
+
+def features(outlier: float, agreement: float) -> tuple[float, float]:
+    """How far a class stands out, and how much of that the unlearned copy agrees with.
+
+    Agreement alone is no feature: where no class stands out, it comes about by chance.
+    """
+    return outlier, outlier * agreement
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +92,6 @@ class Evidence:
     def agreement(self) -> float:
         """Clean images that the unlearned copy sends to the suspect class, by those that its favourite class gets."""
         return self.collapse[self.trigger.target] / max(self.collapse)
-
-    @property
-    def features(self) -> tuple[float, ...]:
-        """The values of `FEATURES`."""
-        return tuple(getattr(self, name) for name in FEATURES)
 
 
 def outlier(sizes: tuple[float, ...], most: float) -> float:

@@ -70,7 +70,7 @@ def detect(config: DetectConfig) -> int:
 
 def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None) -> dict[str, Any]:
     """What `--json` holds."""
-    confidence = Calibration.of_package()(evidence.features)
+    confidence = Calibration.of_package()(evidence.outlier, evidence.agreement)
     found = confidence >= LEAST_CONFIDENCE
     config = inputs.config
     assert config.checkpoint is not None

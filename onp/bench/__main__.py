@@ -1,4 +1,4 @@
-"""`python -m onp.bench`: speed of the engine; networks x methods; what rewards predict; verdicts on known networks."""
+"""`python -m onp.bench NAME`: what is fast, what purifies, what predicts, what detects, on networks of known truth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from onp.commands import run_command
 
-BENCHES = ("engine", "table", "terms", "detect")
+BENCHES = ("engine", "table", "terms", "detect", "calibrate")
 
 
 def main() -> None:
@@ -28,6 +28,10 @@ def main() -> None:
         from onp.bench.detect import DetectBenchConfig, run_detect_bench  # likewise
 
         run_command(DetectBenchConfig, run_detect_bench, "onp.bench detect")
+    elif name == "calibrate":
+        from onp.bench.calibrate import CalibrateConfig, run_calibrate  # likewise
+
+        run_command(CalibrateConfig, run_calibrate, "onp.bench calibrate")
     else:
         print(f"error: benchmark {name!r}: expected one of {', '.join(BENCHES)}, then its options", file=sys.stderr)
         sys.exit(2)

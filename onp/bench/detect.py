@@ -85,7 +85,8 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "target": None,
         "family": evidence.family,
         "suspect": evidence.trigger.target,
-        "features": evidence.features,
+        "outlier": evidence.outlier,
+        "agreement": evidence.agreement,
         "outliers": evidence.outliers,
         "mask_sizes": [finite(size) for size in evidence.mask.sizes],
         "warp_sizes": [finite(size) for size in evidence.warp.sizes],
@@ -164,7 +165,7 @@ def make_table(records: list[dict[str, Any]], calibration: Calibration) -> Table
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for record in records:
-        confidence = calibration(record["features"])
+        confidence = calibration(record["outlier"], record["agreement"])
         collapse = record["collapse"]
         samples = record.get("samples", {})
         figures = [
@@ -185,7 +186,7 @@ def summary(records: list[dict[str, Any]], calibration: Calibration) -> list[str
     """Label detection accuracy, misses and false alarms, and mean rates of sample detection."""
     clean = [record for record in records if not record["backdoored"]]
     bad = [record for record in records if record["backdoored"]]
-    alarm = [calibration(record["features"]) >= LEAST_CONFIDENCE for record in records]
+    alarm = [calibration(record["outlier"], record["agreement"]) >= LEAST_CONFIDENCE for record in records]
     raised = {id(record) for record, raised in zip(records, alarm, strict=True) if raised}
     lines = [f"clean: {sum(id(record) in raised for record in clean)} false alarms of {len(clean)}"] if clean else []
     if not bad:
