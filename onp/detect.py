@@ -8,18 +8,15 @@ from typing import Any
 
 from rich.table import Table
 
-from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidence, find_evidence
-from baselines_rnp.sample_detection import unlearned_agreement
-from onp.checkpoints import sha256, write_atomically, write_json
+from baselines_rnp.label_detection import find_evidence
+from onp.checkpoints import write_atomically, write_json
 from onp.commands import console, run_command
 from onp.config import DetectionConfig
-from onp.data import DefenceData
-from onp.errors import ConfigError, ModelError
-from onp.inputs import InputConfig, Inputs, open_inputs
+from onp.errors import ConfigError
+from onp.inputs import InputConfig, open_inputs
 from onp.purify import check_network
-from onp.samples import Samples, load_samples
-from onp.suspicious_units import suspicious_units
-from onp.units import UnitIndex, index_units
+from onp.samples import load_samples
+from onp.verdict import by_suspicion, headline, make_record
 
 EVIDENCE = 3
 """exit code where there is evidence of a backdoor"""
@@ -68,68 +65,6 @@ def detect(config: DetectConfig) -> int:
     return EVIDENCE if record["verdict"] == "evidence" else 0
 
 
-def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None) -> dict[str, Any]:
-    """What `--json` holds."""
-    confidence = Calibration.of_package()(evidence.outlier, evidence.agreement)
-    found = confidence >= LEAST_CONFIDENCE
-    config = inputs.config
-    assert config.checkpoint is not None
-    named = getattr(inputs.dataset("train"), "classes", None) or []
-    names = [*named, *range(len(named), inputs.classes)]
-    return {
-        "verdict": "evidence" if found else "none",
-        "target": evidence.trigger.target if found else None,
-        "confidence": confidence,
-        "suspect": evidence.trigger.target,
-        "kind": evidence.family,
-        "outliers": evidence.outliers,
-        "agreement": evidence.agreement,
-        "classes": [
-            {"class": number, "name": str(name), "mask": _finite(mask), "warp": _finite(warp), "collapse": collapse}
-            for number, (name, mask, warp, collapse) in enumerate(
-                zip(names, evidence.mask.sizes, evidence.warp.sizes, evidence.collapse, strict=True)
-            )
-        ],
-        "suspicious_units": _units(inputs, data, evidence) if found else [],
-        "samples": _ranked(inputs, data, evidence, samples) if samples is not None else None,
-        "model": config.model,
-        "checkpoint": config.checkpoint.name,
-        "checkpoint_sha256": sha256(config.checkpoint),
-        "defence_images": len(data),
-        "seed": config.seed,
-    }
-
-
-def _finite(size: float) -> float | None:
-    return size if size < float("inf") else None
-
-
-def _units(inputs: Inputs, data: DefenceData, evidence: Evidence) -> list[str]:
-    """Names of the units that carry the recovered trigger; none where the network cannot be traced."""
-    try:
-        index: UnitIndex = index_units(inputs.model, data.input_shape)
-    except ModelError:
-        return []
-    trigger = evidence.trigger
-    return [index.name(unit) for unit in suspicious_units(inputs.model, index, data, trigger, trigger.target)]
-
-
-def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples) -> list[dict[str, Any]]:
-    """The samples, the most suspicious first; `percentile` is the fraction of clean images with a lower score."""
-    scores, clean = (
-        unlearned_agreement(inputs.model, evidence.unlearned, images.to(inputs.device), data).cpu()
-        for images in (samples.images, data.images)
-    )
-    return [
-        {
-            "path": str(samples.paths[i]),
-            "score": float(scores[i]),
-            "percentile": float((clean < scores[i]).float().mean()),
-        }
-        for i in scores.argsort(descending=True, stable=True).tolist()
-    ]
-
-
 def show(record: dict[str, Any]) -> None:
     """The verdict and the most suspicious classes and samples, in the terminal."""
     console.print(headline(record), style="bold", soft_wrap=True, highlight=False)
@@ -147,21 +82,6 @@ def show(record: dict[str, Any]) -> None:
             f"  {sample['score']:.3f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",
             soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
-
-
-def by_suspicion(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Classes, that with the smallest trigger of the telling kind first."""
-    return sorted(record["classes"], key=lambda row: (row[record["kind"]] is None, row[record["kind"]]))
-
-
-def headline(record: dict[str, Any]) -> str:
-    """The verdict in one sentence."""
-    confidence = f"probability of a backdoor {record['confidence']:.2f}"
-    if record["verdict"] == "none":
-        return f"No evidence of a backdoor ({confidence}). That is no proof: all-to-all attacks leave none here."
-    name = record["classes"][record["target"]]["name"]
-    named = f" ({name})" if name != str(record["target"]) else ""
-    return f"Evidence of a backdoor towards class {record['target']}{named}, by a {record['kind']} ({confidence})."
 
 
 if __name__ == "__main__":

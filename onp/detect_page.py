@@ -15,13 +15,13 @@ from torchvision.transforms.functional import to_pil_image
 
 from baselines_rnp.label_detection import Evidence, logits_of
 from onp.data import DefenceData
-from onp.detect import by_suspicion, headline
 from onp.drawing import draw_graph
 from onp.errors import ModelError
 from onp.graph import build_graph, to_networkx
 from onp.inputs import Inputs
 from onp.samples import Samples
 from onp.units import index_units
+from onp.verdict import by_suspicion, headline
 
 EXAMPLES = 6
 """clean images that the recovered trigger is shown on"""
@@ -32,7 +32,7 @@ SAMPLES = 24
 def render(
     record: dict[str, Any], inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None
 ) -> str:
-    """The page as text, for a `record` of `onp.detect.make_record`."""
+    """The page as text, for a `record` of `onp.verdict.make_record`."""
     template = resources.files("onp").joinpath("templates", "detect.html").read_text()
     names = [row["name"] for row in record["classes"]]
     rows = by_suspicion(record)
