@@ -32,7 +32,7 @@ def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: 
         "outliers": evidence.outliers,
         "agreement": evidence.agreement,
         "classes": [
-            {"class": number, "name": str(name), "mask": _finite(mask), "warp": _finite(warp), "collapse": collapse}
+            {"class": number, "name": str(name), "mask": finite(mask), "warp": finite(warp), "collapse": collapse}
             for number, (name, mask, warp, collapse) in enumerate(
                 zip(names, evidence.mask.sizes, evidence.warp.sizes, evidence.collapse, strict=True)
             )
@@ -47,7 +47,8 @@ def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: 
     }
 
 
-def _finite(size: float) -> float | None:
+def finite(size: float) -> float | None:
+    """A size as JSON has it: null where no trigger worked."""
     return size if size < float("inf") else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,6 +25,7 @@ from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.judge import ALL_TO_ALL, meant
 from onp.purify import check_network
+from onp.verdict import finite
 
 FALSE_ALARMS = 0.05
 """false positive rate at which the true positive rate of sample detection is read"""
@@ -63,11 +64,24 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
             if not path.exists():
                 with console.status(f"{path.stem} ..."):
                     write_json(path, measure_detection(suspect, config, seed))
-            records.append(json.loads(path.read_text()))
+            records.append(_read(path, config))
     calibration = Calibration.of_package()
     console.print(make_table(records, calibration))
     for line in summary(records, calibration):
         console.print(line, highlight=False)
+
+
+def _read(path: Path, config: DetectBenchConfig) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["options"] != _options(config):
+        raise ConfigError(f"{path} was measured with other options; remove it, or give another --out")
+    return record
+
+
+def _options(config: DetectBenchConfig) -> dict[str, Any]:
+    """The options that a record depends on, as JSON has them."""
+    chosen = {"images": config.images, "defence_size": config.defence_size, "detection": asdict(config.detection)}
+    return json.loads(json.dumps(chosen))
 
 
 def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) -> dict[str, Any]:
@@ -83,6 +97,7 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "seed": seed,
         "backdoored": suspect.trigger is not None,
         "target": None,
+        "options": _options(config),
         "family": evidence.family,
         "suspect": evidence.trigger.target,
         "outlier": evidence.outlier,
@@ -100,13 +115,8 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
     return record
 
 
-def finite(size: float) -> float | None:
-    """A size as JSON has it: null where no trigger worked."""
-    return size if size < float("inf") else None
-
-
 def overlap(trigger: Trigger, evidence: Evidence) -> float | None:
-    """Intersection over union of the true mask and the recovered one, both above half of their largest value.
+    """Intersection over union of the true mask and the recovered one, where it is above half of its largest value.
 
     None where the trigger is no patch: over the whole image there is no place to find.
     """
