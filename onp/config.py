@@ -56,6 +56,29 @@ class TriggerRecoveryConfig:
 
 
 @dataclass(frozen=True)
+class WarpRecoveryConfig:
+    """Recovery of a smooth warp from clean images."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "finalists", "grid", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} {value}: expected at least 1")
+
+    steps: int = 60
+    """Adam steps for all classes side by side, and again for the finalists"""
+    finalists: int = 3
+    """classes with the smallest warps that are optimised for longer"""
+    grid: int = 4
+    """displacements per side that the warp is interpolated from"""
+    learning_rate: float = 0.3
+    """step size of Adam, in 32ths of the image's height"""
+    batch_size: int = 16
+    """images per class and step"""
+    size_weight: float = 0.02
+    """first weight of a warp's size; raised by half whenever success passes 90 %, lowered below 80 %"""
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Weights of the reward terms (`envs.rewards`): the potential is their weighted sum."""
 
@@ -98,6 +121,18 @@ class EnvConfig:
     """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
     recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
     """how the trigger behind the reward is recovered from clean images"""
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """Looking for a backdoor: what is made from clean images to tell."""
+
+    unlearn: UnlearnConfig = field(default_factory=lambda: EnvConfig().unlearn)
+    """how the unlearned copy is made"""
+    recovery: TriggerRecoveryConfig = field(default_factory=lambda: TriggerRecoveryConfig(variants=1))
+    """how a mask and a pattern are recovered for every class"""
+    warp: WarpRecoveryConfig = field(default_factory=WarpRecoveryConfig)
+    """how a warp is recovered for every class"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A picture of a network's graph: layers as columns from left to right, units as dots, pruned units ringed in red."""
+"""A picture of a network's graph: layers as columns from left to right, units as dots, chosen units ringed in red."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Set
 from itertools import groupby
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import networkx as nx
 import numpy as np
@@ -25,13 +25,20 @@ GAP = 4.0
 EDGES_PER_LAYER = {"connectivity": 120, "similarity": 60}
 """edges drawn towards and in one layer, the strongest first"""
 NUMBERED = 40
-"""pruned units that are numbered; where there are more, none is"""
+"""marked units that are numbered; where there are more, none is"""
 
 
-def draw_graph(graph: nx.DiGraph, path: Path, pruned: Set[int] = frozenset(), feature: str = "weight_change") -> None:
+def draw_graph(
+    graph: nx.DiGraph,
+    file: Path | BinaryIO,
+    marked: Set[int] = frozenset(),
+    feature: str = "weight_change",
+    meaning: str = "pruned",
+) -> None:
     """Draw the graph of `onp.graph.to_networkx` as a PNG; dots are coloured by `feature`.
 
-    Colours span the 1st to the 99th percentile. `pruned` units are ringed in red and carry their number in the layer.
+    Colours span the 1st to the 99th percentile. `marked` units are ringed in red and carry their number in the layer;
+    `meaning` says what they are.
     """
     layers = [list(units) for _, units in groupby(sorted(graph), key=lambda unit: graph.nodes[unit]["layer"])]
     places, centres = _place(layers)
@@ -49,17 +56,17 @@ def draw_graph(graph: nx.DiGraph, path: Path, pruned: Set[int] = frozenset(), fe
         points[:, 0], points[:, 1],
         c=values, s=size, cmap="viridis", norm=Normalize(low, max(high, low + 1e-6)), linewidths=0, zorder=3,
     )  # fmt: skip
-    _ring(axes, graph, places, pruned, size)
+    _ring(axes, graph, places, marked, size)
     for units, centre in zip(layers, centres, strict=True):
         name, kind = graph.nodes[units[0]]["name"].rpartition("[")[0], graph.nodes[units[0]]["kind"]
         label = f"{name}\n{len(units)} {kind.replace('_', ' ')}"
         axes.text(centre, -rows / 2 - 1.5, label, rotation=50, ha="right", va="top", rotation_mode="anchor", fontsize=9)
     bar = figure.colorbar(dots, ax=axes, extend="both", shrink=0.5, pad=0.01, aspect=30)
     bar.set_label(feature.replace("_", " "))
-    axes.set_title(_title(graph, len(layers), len(pruned)), loc="left", fontsize=12)
+    axes.set_title(_title(graph, len(layers), f"{len(marked):,} of them {meaning}"), loc="left", fontsize=12)
     axes.set_xlim(-GAP, width)
     axes.set_axis_off()
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(file, dpi=130, format="png")
 
 
 def _place(layers: list[list[int]]) -> tuple[Places, list[float]]:
@@ -102,12 +109,12 @@ def _arc(ends: NDArray[np.float64]) -> NDArray[np.float64]:
     return bulge
 
 
-def _ring(axes: Any, graph: nx.DiGraph, places: Places, pruned: Set[int], size: float) -> None:
-    if not pruned:
+def _ring(axes: Any, graph: nx.DiGraph, places: Places, marked: Set[int], size: float) -> None:
+    if not marked:
         return
-    x, y = zip(*(places[unit] for unit in sorted(pruned)), strict=True)
+    x, y = zip(*(places[unit] for unit in sorted(marked)), strict=True)
     axes.scatter(x, y, s=3.2 * size, facecolors="none", edgecolors="#d81e2c", linewidths=1.6, zorder=4)
-    for unit in sorted(pruned) if len(pruned) <= NUMBERED else ():
+    for unit in sorted(marked) if len(marked) <= NUMBERED else ():
         name = graph.nodes[unit]["name"]
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         number = name.rpartition("[")[2].rstrip("]")
@@ -117,10 +124,10 @@ def _ring(axes: Any, graph: nx.DiGraph, places: Places, pruned: Set[int], size: 
         )  # fmt: skip
 
 
-def _title(graph: nx.DiGraph, layers: int, pruned: int) -> str:
+def _title(graph: nx.DiGraph, layers: int, marked: str) -> str:
     similar = sum(facts["relation"] == "similarity" for _, _, facts in graph.edges(data=True))
     return (
-        f"{len(graph):,} units in {layers} layers, {pruned:,} of them pruned (red)\n"
+        f"{len(graph):,} units in {layers} layers, {marked} (red)\n"
         f"{similar:,} similarity edges (orange arcs), {graph.number_of_edges() - similar:,} connectivity edges "
         "(grey lines): the strongest drawn"
     )

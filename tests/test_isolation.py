@@ -37,9 +37,9 @@ report("results", [Purification(network, data, config).run(method).reward_evalua
 COMMAND = """
 import runpy, sys
 
-sys.argv = ["onp.train", *{arguments}]
+sys.argv = ["{module}", *{arguments}]
 try:
-    runpy.run_module("onp.train", run_name="__main__", alter_sys=True)
+    runpy.run_module("{module}", run_name="__main__", alter_sys=True)
 except SystemExit as stop:
     report("code", stop.code)
 """
@@ -90,7 +90,10 @@ def command(*extra: str) -> str:
     small = {"--budget": 24, "--env.max-steps": 2, "--env.recovery.steps": 2, "--env.unlearn.max-epochs": 1}
     files = {"--model": "network.py:tiny", "--checkpoint": "weights.safetensors", "--data": "images"}
     options = {**files, "--defence-size": 9, **small, "--threads": 1, "--run-dir": "run"}
-    return COMMAND.format(arguments=[*(str(part) for option in options.items() for part in option), "--always", *extra])
+    return COMMAND.format(
+        module="onp.train",
+        arguments=[*(str(part) for option in options.items() for part in option), "--always", *extra],
+    )
 
 
 def test_defending_never_imports_the_attacks(folder: Path) -> None:
@@ -104,6 +107,20 @@ def test_defending_never_imports_the_attacks(folder: Path) -> None:
     assert code == 0 and (folder / "run" / "report.json").is_file()
     assert {"onp.judge", "onp.report"} <= modules
     assert attacks(modules) == set()
+
+
+def test_detecting_never_imports_the_attacks(folder: Path) -> None:
+    small = ("recovery.steps", "warp.steps", "unlearn.max-epochs")
+    options = {
+        "--model": "network.py:tiny", "--checkpoint": "weights.safetensors", "--data": "images", "--defence-size": "9",
+        "--samples": "images/test", "--html": "page.html", **{f"--detection.{name}": "2" for name in small},
+    }  # fmt: skip
+    arguments = [part for option in options.items() for part in option]
+    code, modules = loaded_by(folder, COMMAND.format(module="onp.detect", arguments=arguments))["code"]
+    assert code in (0, 3) and (folder / "page.html").is_file()
+    assert {"onp.warp_recovery", "onp.detect_page"} <= modules
+    assert attacks(modules) == set()
+    assert not modules & {"onp.judge", "onp.report"}
 
 
 def test_the_check_would_notice(folder: Path) -> None:

@@ -44,6 +44,7 @@ def test_the_wheel_holds_the_packages_and_no_tests(wheel: zipfile.ZipFile) -> No
     assert {"onp/models/wide_resnet.py", "onp/attacks/__main__.py"} <= sources
     assert {name for name in names if name.endswith(".py")} == sources
     assert names >= {f"{package}/py.typed" for package in PACKAGES}
+    assert names >= {"onp/templates/detect.html", "baselines_rnp/calibration.json"}
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
 
 

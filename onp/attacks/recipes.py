@@ -71,8 +71,16 @@ SUITES = {
         "gtsrb-wide_resnet16_1-all_to_all",
         "gtsrb-wide_resnet16_1-trojan",
     ),
+    "calibration": (
+        "digits-small_cnn-badnets",
+        "digits-small_cnn-l2",
+        "digits-wide_resnet16_1-blended",
+        "digits-wide_resnet16_1-wanet",
+        "digits-preact_resnet18-w16-trojan",
+        "digits-preact_resnet18-w16-l0",
+    ),
 }
-"""names that stand for several entries: one suite to develop a defence with, one to judge it on"""
+"""names that stand for several entries: to develop a defence with, to judge it on, and to calibrate its confidence"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,37 @@
+"""Backdoor sample detection: which of some images carry a trigger.
+
+RNP (arXiv 2305.14876, section 4): the unlearned copy has forgotten clean classes and keeps the backdoor, so it still
+gives triggered images the class that the network gives them. STRIP (Gao et al. 2019, section IV) is the comparison: a
+trigger outlives being mixed with clean images.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from baselines_rnp.label_detection import logits_of
+from onp.data import DefenceData
+
+
+def unlearned_agreement(model: nn.Module, unlearned: nn.Module, images: Tensor, data: DefenceData) -> Tensor:
+    """Probability, by the unlearned copy, of the class that `model` gives; (n,) for (n, channels, height, width).
+
+    `images` are in [0, 1]; the higher, the more suspicious. No target is asked for, so all-to-all is no exception.
+    """
+    inputs = data.normalise(images)
+    predicted = logits_of(model, inputs).argmax(1, keepdim=True)
+    return logits_of(unlearned, inputs).softmax(1).gather(1, predicted).squeeze(1)
+
+
+def strip(model: nn.Module, images: Tensor, data: DefenceData, seed: int, overlays: int = 16) -> Tensor:
+    """Minus the mean entropy, in nats, of images mixed half and half with each of some clean ones; (n,).
+
+    `images` are (n, channels, height, width) in [0, 1]; the higher, the more suspicious.
+    """
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:overlays]
+    entropies = []
+    for overlay in data.images[chosen.to(images.device)]:
+        log_p = logits_of(model, data.normalise((images + overlay) / 2)).log_softmax(1)
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+    return -torch.stack(entropies).mean(0)

@@ -1,0 +1,216 @@
+"""Detection measured: verdicts on known networks, recovered triggers, and triggered samples among clean ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.table import Table
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidence, find_evidence
+from baselines_rnp.sample_detection import strip, unlearned_agreement
+from onp.attacks.triggers import Trigger, load_trigger
+from onp.bench.suite import Suspect, read_suites
+from onp.checkpoints import write_json
+from onp.commands import console
+from onp.config import DetectionConfig
+from onp.data import DefenceData
+from onp.errors import ConfigError
+from onp.inputs import InputConfig, Inputs, open_inputs
+from onp.judge import ALL_TO_ALL, meant
+from onp.purification import check_network
+from onp.verdict import finite
+
+FALSE_ALARMS = 0.05
+"""false positive rate at which the true positive rate of sample detection is read"""
+
+
+@dataclass(frozen=True)
+class DetectBenchConfig:
+    """Options of `python -m onp.bench detect`."""
+
+    models: tuple[Path, ...]
+    """suites or entries, as for `onp.bench table`; a network without a trigger counts as clean"""
+    seeds: tuple[int, ...] = (0,)
+    """seeds of everything random"""
+    out: Path = Path("detection")
+    """folder for a record of every network and seed; what is there is not measured again"""
+    images: int = 500
+    """test images of other classes than the target's, that are taken once clean and once triggered"""
+    defence_size: int = InputConfig.defence_size
+    """clean images that the defender has"""
+    device: str = InputConfig.device
+    """cpu, cuda, cuda:1, ... or auto (cuda where there is one)"""
+    threads: int = InputConfig.threads
+    """CPU threads for PyTorch; 0 leaves its default"""
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    """what is made from clean images to tell"""
+
+
+def run_detect_bench(config: DetectBenchConfig) -> None:
+    """Verdict, recovered trigger and sample detection for every network and seed. The same command goes on."""
+    if config.images < 10:
+        raise ConfigError(f"--images {config.images}: expected at least 10")
+    records = []
+    for seed in config.seeds:
+        for suspect in read_suites(config.models):
+            path = config.out / f"{suspect.name}-seed{seed}.json"
+            if not path.exists():
+                with console.status(f"{path.stem} ..."):
+                    write_json(path, measure_detection(suspect, config, seed))
+            records.append(_read(path, config))
+    calibration = Calibration.of_package()
+    console.print(make_table(records, calibration))
+    for line in summary(records, calibration):
+        console.print(line, highlight=False)
+
+
+def _read(path: Path, config: DetectBenchConfig) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["options"] != _options(config):
+        raise ConfigError(f"{path} was measured with other options; remove it, or give another --out")
+    return record
+
+
+def _options(config: DetectBenchConfig) -> dict[str, Any]:
+    """The options that a record depends on, as JSON has them."""
+    chosen = {"images": config.images, "defence_size": config.defence_size, "detection": asdict(config.detection)}
+    return json.loads(json.dumps(chosen))
+
+
+def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) -> dict[str, Any]:
+    """What clean images tell of one network, and how that compares with the truth."""
+    common = {name: getattr(config, name) for name in ("defence_size", "device", "threads")}
+    values = {name: value for name, value in vars(suspect).items() if name not in ("name", "trigger")}
+    inputs = open_inputs(InputConfig(**values, **common, seed=seed).resolved())
+    data = inputs.defence_data()
+    check_network(inputs.model, data)
+    evidence = find_evidence(inputs.model, data, config.detection, seed)
+    record: dict[str, Any] = {
+        "network": suspect.name,
+        "seed": seed,
+        "backdoored": suspect.trigger is not None,
+        "target": None,
+        "options": _options(config),
+        "family": evidence.family,
+        "suspect": evidence.trigger.target,
+        "outlier": evidence.outlier,
+        "agreement": evidence.agreement,
+        "outliers": evidence.outliers,
+        "mask_sizes": [finite(size) for size in evidence.mask.sizes],
+        "warp_sizes": [finite(size) for size in evidence.warp.sizes],
+        "collapse": evidence.collapse,
+    }
+    if suspect.trigger is not None:
+        trigger = load_trigger(suspect.trigger, data.input_shape, inputs.classes)
+        record["target"] = trigger.target
+        record["overlap"] = overlap(trigger, evidence)
+        record["samples"] = measure_samples(inputs, data, evidence, trigger, config.images, seed)
+    return record
+
+
+def overlap(trigger: Trigger, evidence: Evidence) -> float | None:
+    """Intersection over union of the true mask and the recovered one, where it is above half of its largest value.
+
+    None where the trigger is no patch: over the whole image there is no place to find.
+    """
+    true = trigger.mask.flatten(0, -3).amax(0) > 0
+    if trigger.mode == "warp" or bool(true.all()) or evidence.family == "warp":
+        return None
+    recovered = evidence.mask.masks[0, 0].cpu()
+    found = recovered > recovered.max() / 2
+    return float((found & true).sum() / (found | true).sum())
+
+
+def measure_samples(
+    inputs: Inputs, data: DefenceData, evidence: Evidence, trigger: Trigger, images: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """AUROC, and TPR at 5 % FPR, of each score on test images: clean ones, and the same with the trigger."""
+    dataset = inputs.dataset("test")
+    if dataset is None:
+        raise ConfigError(f"{inputs.config.data} has no test/ to take samples from")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[arg-type]
+    drawn = [dataset[number] for number in order[: 2 * images]]
+    labels = torch.tensor([label for _, label in drawn])
+    others = (meant(labels, trigger.target, inputs.classes) != labels).nonzero().flatten()[:images]
+    clean = torch.stack([drawn[int(number)][0] for number in others])
+    samples = torch.cat([clean, trigger(clean)]).to(inputs.device)
+    truth = torch.arange(len(samples)) >= len(clean)
+    scores = {
+        "unlearned": unlearned_agreement(inputs.model, evidence.unlearned, samples, data),
+        "strip": strip(inputs.model, samples, data, seed),
+    }
+    return {name: rates(truth, score.cpu()) for name, score in scores.items()}
+
+
+def rates(truth: Tensor, scores: Tensor) -> dict[str, float]:
+    """AUROC and TPR at 5 % FPR of `scores` (n,) for `truth` (n,)."""
+    wrong, right, _ = roc_curve(truth, scores)
+    return {"auroc": float(roc_auc_score(truth, scores)), "tpr": float(right[wrong <= FALSE_ALARMS].max())}
+
+
+def make_table(records: list[dict[str, Any]], calibration: Calibration) -> Table:
+    """One line a network and seed."""
+    table = Table(title="detection from clean images", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = (
+        "network",
+        "seed",
+        "target",
+        "confidence",
+        "suspect",
+        "by",
+        "collapse",
+        "IoU",
+        "AUROC",
+        "TPR",
+        "STRIP",
+        "TPR",
+    )
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for record in records:
+        confidence = calibration(record["outlier"], record["agreement"])
+        collapse = record["collapse"]
+        samples = record.get("samples", {})
+        figures = [
+            samples[name][rate] if samples else None for name in ("unlearned", "strip") for rate in ("auroc", "tpr")
+        ]
+        table.add_row(
+            record["network"], str(record["seed"]),
+            str(record["target"]) if record["backdoored"] else "clean",
+            f"{confidence:.2f}",
+            str(record["suspect"]) if confidence >= LEAST_CONFIDENCE else "none", record["family"],
+            str(collapse.index(max(collapse))),
+            *("-" if figure is None else f"{figure:.2f}" for figure in (record.get("overlap"), *figures)),
+        )  # fmt: skip
+    return table
+
+
+def summary(records: list[dict[str, Any]], calibration: Calibration) -> list[str]:
+    """Label detection accuracy, misses and false alarms, and mean rates of sample detection."""
+    clean = [record for record in records if not record["backdoored"]]
+    bad = [record for record in records if record["backdoored"]]
+    alarm = [calibration(record["outlier"], record["agreement"]) >= LEAST_CONFIDENCE for record in records]
+    raised = {id(record) for record, raised in zip(records, alarm, strict=True) if raised}
+    lines = [f"clean: {sum(id(record) in raised for record in clean)} false alarms of {len(clean)}"] if clean else []
+    if not bad:
+        return lines
+    right = sum(id(record) in raised and record["suspect"] == record["target"] for record in bad)
+    one = [record for record in bad if record["target"] != ALL_TO_ALL]
+    collapsed = sum(record["collapse"].index(max(record["collapse"])) == record["target"] for record in one)
+    found = sum(id(record) in raised for record in bad)
+    lines.append(
+        f"backdoored: evidence for {found} of {len(bad)}, with the right class for {right}; "
+        f"the class that the unlearned copy collapses to is right for {collapsed} of {len(one)}"
+    )
+    for name in ("unlearned", "strip"):
+        figures = [record["samples"][name] for record in bad]
+        auroc, tpr = (mean(figure[rate] for figure in figures) for rate in ("auroc", "tpr"))
+        lines.append(f"samples, {name}: mean AUROC {auroc:.3f}, mean TPR at 5 % FPR {tpr:.3f}")
+    return lines

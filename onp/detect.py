@@ -1,0 +1,88 @@
+"""`python -m onp.detect`: is a network backdoored, towards what, and by which samples; from clean images alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from baselines_rnp.label_detection import find_evidence
+from onp.checkpoints import write_atomically, write_json
+from onp.commands import console, run_command
+from onp.config import DetectionConfig
+from onp.errors import ConfigError
+from onp.inputs import InputConfig, open_inputs
+from onp.purification import check_network
+from onp.samples import load_samples
+from onp.verdict import by_suspicion, headline, make_record
+
+EVIDENCE = 3
+"""exit code where there is evidence of a backdoor"""
+SHOWN = 10
+"""classes and samples in the terminal"""
+
+
+@dataclass(frozen=True)
+class DetectConfig(InputConfig):
+    """Options of `python -m onp.detect`."""
+
+    samples: Path | None = None
+    """folder of images that may hold triggered ones; they are ranked, and change no verdict"""
+    json: Path | None = None
+    """file for verdict, scores per class and ranked samples"""
+    html: Path | None = None
+    """file for a page with pictures: recovered trigger, class scores, suspicious units"""
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    """what is made from clean images to tell"""
+
+
+def detect(config: DetectConfig) -> int:
+    """Say whether a network shows evidence of a backdoor. Exit code: 0 no evidence, 3 evidence, 2 error."""
+    if config.checkpoint is None:
+        raise ConfigError("no --checkpoint: give the weights of the network to look at")
+    config = config.resolved()
+    inputs = open_inputs(config)
+    data = inputs.defence_data()
+    check_network(inputs.model, data)
+    samples = None
+    if config.samples is not None:
+        resize = config.image_size is not None or config.data == "gtsrb"
+        samples = load_samples(config.samples, data.input_shape, resize)
+    with console.status("") as status:
+        evidence = find_evidence(inputs.model, data, config.detection, config.seed, lambda stage: status.update(stage))
+    record = make_record(inputs, data, evidence, samples)
+    if config.json is not None:
+        write_json(config.json, record)
+    show(record)
+    if config.html is not None:
+        from onp.detect_page import render  # draws, which a verdict does not need
+
+        page = render(record, inputs, data, evidence, samples)
+        write_atomically(config.html, lambda temporary: temporary.write_text(page))
+        console.print(f"Page: {config.html}", soft_wrap=True)
+    return EVIDENCE if record["verdict"] == "evidence" else 0
+
+
+def show(record: dict[str, Any]) -> None:
+    """The verdict and the most suspicious classes and samples, in the terminal."""
+    console.print(headline(record), style="bold", soft_wrap=True, highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("class", no_wrap=True)
+    for name in ("mask, pixels", "warp, pixels", "collapse"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in by_suspicion(record)[:SHOWN]:
+        sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("mask", "warp"))
+        label = f"{row['class']} {row['name']}" if row["name"] != str(row["class"]) else row["name"]
+        table.add_row(label, *sizes, f"{row['collapse']:.0%}")
+    console.print(table)
+    for sample in (record["samples"] or [])[:SHOWN]:
+        console.print(
+            f"  {sample['score']:.3f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(DetectConfig, detect, "onp.detect")

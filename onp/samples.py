@@ -1,0 +1,51 @@
+"""Images of a folder that may hold triggered ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2 as transforms
+
+from onp.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images of shape (n, channels, height, width) in [0, 1], and where they lie."""
+
+    paths: tuple[Path, ...]
+    images: Tensor
+
+
+def load_samples(folder: Path, shape: tuple[int, ...], resize: bool) -> Samples:
+    """Read every image in `folder` and below, in the order of their paths.
+
+    `shape` is (channels, height, width). Raises `DataError` where there is none, where one cannot be read, or where
+    one has another size and `resize` is false.
+    """
+    paths = tuple(sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS))
+    if not paths:
+        raise DataError(f"--samples {folder}: no images found; give a folder that holds {', '.join(IMG_EXTENSIONS)}")
+    return Samples(paths, torch.stack([_read(path, shape, resize) for path in paths]))
+
+
+def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            pixels = image.convert("L" if channels == 1 else "RGB")
+    except OSError as error:
+        raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+    if not resize and pixels.size != (width, height):
+        found = f"{pixels.width} x {pixels.height}"
+        raise DataError(f"{path} is {found}, the network's images are {width} x {height}; give --image-size")
+    # as in onp.data
+    steps = [transforms.ToImage(), transforms.Resize((height, width), antialias=True)]
+    return transforms.Compose([*steps, transforms.ToDtype(torch.float32, scale=True), transforms.ToPureTensor()])(
+        pixels
+    )

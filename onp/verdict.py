@@ -1,0 +1,93 @@
+"""The verdict on a network: evidence and ranked samples as a record, and what it says in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidence
+from baselines_rnp.sample_detection import unlearned_agreement
+from onp.checkpoints import sha256
+from onp.data import DefenceData
+from onp.errors import ModelError
+from onp.inputs import Inputs
+from onp.samples import Samples
+from onp.suspicious_units import suspicious_units
+from onp.units import index_units
+
+
+def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None) -> dict[str, Any]:
+    """What `--json` holds."""
+    confidence = Calibration.of_package()(evidence.outlier, evidence.agreement)
+    found = confidence >= LEAST_CONFIDENCE
+    config = inputs.config
+    assert config.checkpoint is not None
+    named = getattr(inputs.dataset("train"), "classes", None) or []
+    names = [*named, *range(len(named), inputs.classes)]
+    return {
+        "verdict": "evidence" if found else "none",
+        "target": evidence.trigger.target if found else None,
+        "confidence": confidence,
+        "suspect": evidence.trigger.target,
+        "kind": evidence.family,
+        "outliers": evidence.outliers,
+        "agreement": evidence.agreement,
+        "classes": [
+            {"class": number, "name": str(name), "mask": finite(mask), "warp": finite(warp), "collapse": collapse}
+            for number, (name, mask, warp, collapse) in enumerate(
+                zip(names, evidence.mask.sizes, evidence.warp.sizes, evidence.collapse, strict=True)
+            )
+        ],
+        "suspicious_units": _units(inputs, data, evidence) if found else [],
+        "samples": _ranked(inputs, data, evidence, samples) if samples is not None else None,
+        "model": config.model,
+        "checkpoint": config.checkpoint.name,
+        "checkpoint_sha256": sha256(config.checkpoint),
+        "defence_images": len(data),
+        "seed": config.seed,
+    }
+
+
+def finite(size: float) -> float | None:
+    """A size as JSON has it: null where no trigger worked."""
+    return size if size < float("inf") else None
+
+
+def _units(inputs: Inputs, data: DefenceData, evidence: Evidence) -> list[str]:
+    """Names of the units that carry the recovered trigger; none where the network cannot be traced."""
+    try:
+        index = index_units(inputs.model, data.input_shape)
+    except ModelError:
+        return []
+    trigger = evidence.trigger
+    return [index.name(unit) for unit in suspicious_units(inputs.model, index, data, trigger, trigger.target)]
+
+
+def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples) -> list[dict[str, Any]]:
+    """The samples, the most suspicious first; `percentile` is the fraction of clean images with a lower score."""
+    scores, clean = (
+        unlearned_agreement(inputs.model, evidence.unlearned, images.to(inputs.device), data).cpu()
+        for images in (samples.images, data.images)
+    )
+    return [
+        {
+            "path": str(samples.paths[i]),
+            "score": float(scores[i]),
+            "percentile": float((clean < scores[i]).float().mean()),
+        }
+        for i in scores.argsort(descending=True, stable=True).tolist()
+    ]
+
+
+def by_suspicion(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Classes, that with the smallest trigger of the telling kind first."""
+    return sorted(record["classes"], key=lambda row: (row[record["kind"]] is None, row[record["kind"]]))
+
+
+def headline(record: dict[str, Any]) -> str:
+    """The verdict in one sentence."""
+    confidence = f"probability of a backdoor {record['confidence']:.2f}"
+    if record["verdict"] == "none":
+        return f"No evidence of a backdoor ({confidence}). That is no proof: all-to-all attacks leave none here."
+    name = record["classes"][record["target"]]["name"]
+    named = f" ({name})" if name != str(record["target"]) else ""
+    return f"Evidence of a backdoor towards class {record['target']}{named}, by a {record['kind']} ({confidence})."

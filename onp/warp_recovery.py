@@ -1,0 +1,116 @@
+"""Recover the warp that a network may hide, from clean images.
+
+A warp has no mask that Neural Cleanse could find. So for every class the smallest smooth displacement field that sends
+clean images to it is optimised, interpolated from a coarse grid as WaNet's is (Nguyen & Tran 2021, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onp.config import WarpRecoveryConfig
+from onp.data import DefenceData
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveredWarp:
+    """The smallest warp that works, and the evidence against every class."""
+
+    target: int
+    """class with the smallest warp"""
+    flow: Tensor
+    """(2, height, width), pixels to the right and further down; 0 where no warp worked"""
+    sizes: tuple[float, ...]
+    """per class, the mean displacement of its smallest warp, in pixels; infinite where no warp worked"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Warp images of shape (n, channels, height, width)."""
+        return warp(images, self.flow.expand(len(images), *self.flow.shape))
+
+
+def warp(images: Tensor, flows: Tensor) -> Tensor:
+    """Bilinear samples of each image at its pixels plus its flow; (n, channels, h, w) and (n, 2, h, w), in pixels."""
+    height, width = images.shape[2:]
+    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    last = torch.tensor([max(width - 1, 1), max(height - 1, 1)], device=images.device)
+    where = torch.stack(torch.meshgrid(columns, rows, indexing="xy")) + flows
+    grid = where.permute(0, 2, 3, 1) / last * 2 - 1
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=True)
+
+
+def recover_warp(
+    model: nn.Module,
+    data: DefenceData,
+    config: WarpRecoveryConfig,
+    seed: int,
+    progress: Callable[[int], None] = lambda step: None,
+) -> RecoveredWarp:
+    """Optimise the warps of all classes side by side, and the most promising ones for as long again."""
+    model.eval()
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        search = _Search(model, data, config, seed)
+        search.optimise(torch.arange(data.num_classes), progress)
+        promising = sorted(range(data.num_classes), key=lambda c: (float(search.sizes[c]), -float(search.success[c])))
+        search.optimise(torch.tensor(sorted(promising[: config.finalists])), progress)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    target = int(search.sizes.argmin())
+    return RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
+
+
+class _Search:
+    """Smallest working warps so far, and where their optimisation stands, class by class."""
+
+    def __init__(self, model: nn.Module, data: DefenceData, config: WarpRecoveryConfig, seed: int) -> None:
+        self.model, self.data, self.config = model, data, config
+        self.generator = torch.Generator().manual_seed(seed)
+        classes, (_, height, width), device = data.num_classes, data.input_shape, data.images.device
+        self.unit = height / 32
+        self.coarse = torch.randn(classes, 2, config.grid, config.grid, generator=self.generator).to(device)
+        self.flows = torch.zeros(classes, 2, height, width, device=device)
+        self.weights = torch.full((classes,), config.size_weight, device=device)
+        self.success = torch.zeros(classes, device=device)
+        self.sizes = torch.full((classes,), float("inf"), device=device)
+
+    def optimise(self, classes: Tensor, progress: Callable[[int], None]) -> None:
+        """Shrink the warps of `classes`; the weight of a warp's size adapts to its success."""
+        config, data = self.config, self.data
+        classes = classes.to(data.images.device)
+        batch = min(config.batch_size, len(data))
+        targets = classes.repeat_interleave(batch)
+        coarse = self.coarse[classes].clone().requires_grad_()
+        optimizer = torch.optim.Adam([coarse], config.learning_rate)
+        for step in range(config.steps):
+            progress(step)
+            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
+            size = data.input_shape[1:]
+            flows = self.unit * F.interpolate(coarse, size, mode="bicubic", align_corners=True)
+            warped = warp(data.images[chosen].repeat(len(classes), 1, 1, 1), flows.repeat_interleave(batch, 0))
+            logits = self.model(data.normalise(warped).contiguous(memory_format=torch.channels_last))
+            losses = F.cross_entropy(logits, targets, reduction="none").view(len(classes), batch).mean(1)
+            sizes = flows.square().sum(1).add(1e-12).sqrt().mean((1, 2))
+            optimizer.zero_grad()
+            (losses + self.weights[classes] / self.unit * sizes).sum().backward()
+            optimizer.step()
+            hits = (logits.argmax(1) == targets).float().view(len(classes), batch).mean(1)
+            self._record(classes, flows.detach(), sizes.detach(), hits, step)
+        self.coarse[classes] = coarse.detach()
+
+    def _record(self, classes: Tensor, flows: Tensor, sizes: Tensor, hits: Tensor, step: int) -> None:
+        success = self.success[classes] = 0.8 * self.success[classes] + 0.2 * hits
+        better = (torch.minimum(success, hits) >= 0.8) & (sizes < self.sizes[classes])
+        self.sizes[classes[better]] = sizes[better]
+        self.flows[classes[better]] = flows[better]
+        if step % 5 == 4:
+            weights = self.weights[classes]
+            raised, lowered = weights * 1.5, weights / 1.5
+            self.weights[classes] = torch.where(success > 0.9, raised, torch.where(success < 0.8, lowered, weights))

@@ -1,0 +1,202 @@
+"""`python -m onp.detect` and `onp.bench detect`, on small networks whose backdoor is known because it was built in."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from onp.bench import __main__ as bench
+from onp.commands import run_command
+from onp.detect import DetectConfig, detect
+
+NETWORK = """
+from torch import nn
+
+def linear():
+    return nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(64, 3))
+
+def untraceable():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = linear()
+
+        def forward(self, x):
+            return self.body(x) if x.sum() > -1 else x
+    return Branch()
+"""
+FAST = ("--defence-size", "12", "--threads", "1")
+
+
+def weights(backdoor: bool) -> dict[str, torch.Tensor]:
+    """Class c is known by the brightness of rows 2 c and 2 c + 1; the backdoor is one pixel, below them, to class 2."""
+    weight = torch.zeros(3, 8, 8)
+    for label in range(3):
+        weight[label, 2 * label : 2 * label + 2] = 0.2
+    if backdoor:
+        weight[2, 7, 7] = 20
+    return {"0.weight": torch.ones(1, 1, 1, 1), "2.weight": weight.flatten(1), "2.bias": torch.zeros(3)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of three classes, some with the trigger, and networks with and without the backdoor."""
+    folder = tmp_path_factory.mktemp("detect")
+    (folder / "network.py").write_text(NETWORK)
+    safetensors.torch.save_file(weights(True), folder / "bad.safetensors")
+    safetensors.torch.save_file(weights(False), folder / "clean.safetensors")
+    wrapped = {f"body.{key}": value for key, value in weights(True).items()}
+    safetensors.torch.save_file(wrapped, folder / "wrapped.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for number in range(24):
+            pixels = 0.1 * torch.rand(8, 8, generator=generator)
+            label = number % 3
+            pixels[2 * label : 2 * label + 2] += 0.8
+            pixels[6:] = 0
+            save(pixels, folder / "images" / split / f"<i>{label}" / f"{number:02}.png")
+            if split == "test" and label == 0:
+                pixels[7, 7] = number % 2
+                save(pixels, folder / "samples" / f"{('clean', 'triggered')[number % 2]}{number}.png")
+    pattern, mask = torch.ones(8, 8), torch.zeros(8, 8)
+    mask[7, 7] = 1
+    save(pattern, folder / "pattern.png")
+    save(mask, folder / "mask.png")
+    spec = {"target": 2, "mode": "blend", "pattern": "pattern.png", "mask": "mask.png"}
+    (folder / "trigger.json").write_text(json.dumps(spec))
+    return folder
+
+
+def save(pixels: torch.Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((pixels * 255).round().to(torch.uint8).numpy()).save(path)
+
+
+def run(folder: Path, *options: str, checkpoint: str = "bad", network: str = "linear") -> tuple[int, str]:
+    """Exit code and output of the command."""
+    given = ("--model", f"{folder}/network.py:{network}", "--data", f"{folder}/images", *FAST)
+    return call(
+        lambda: run_command(DetectConfig, detect, "onp.detect"),
+        "onp.detect", *given, "--checkpoint", f"{folder}/{checkpoint}.safetensors", *options,
+    )  # fmt: skip
+
+
+def call(job: Any, *arguments: str) -> tuple[int, str]:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        patch.setattr(sys, "argv", list(arguments))
+        with pytest.raises(SystemExit) as stop:
+            job()
+    return int(stop.value.code or 0), out.getvalue()
+
+
+class Page(HTMLParser):
+    """What a page refers to, its tags and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.links, self.text = list[str](), list[str](), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -> None:
+    record_file, page_file = folder / "out" / "bad.json", folder / "out" / "bad.html"
+    code, out = run(folder, "--json", f"{record_file}", "--html", f"{page_file}", "--samples", f"{folder}/samples")
+    assert code == 3 and "Evidence of a backdoor towards class 2 (<i>2), by a mask" in out
+    record = json.loads(record_file.read_text())
+    assert (record["verdict"], record["target"]) == ("evidence", 2) and record["confidence"] >= 0.5
+    sizes = [row["mask"] for row in record["classes"]]
+    assert sizes[2] < 1 < min(sizes[:2]), "one pixel is enough"
+    assert sum(row["collapse"] for row in record["classes"]) == pytest.approx(1)
+    scores = {Path(sample["path"]).name: sample["score"] for sample in record["samples"]}
+    assert len(scores) == 8 and list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert [name.startswith("triggered") for name in scores] == [True] * 4 + [False] * 4
+    assert all(0 <= sample["percentile"] <= 1 for sample in record["samples"])
+    page = Page(page_file.read_text())
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "script" not in page.tags and "i" not in page.tags, "class names are text"
+    assert "<i>2" in page.text and record["checkpoint_sha256"] in page.text
+    assert not re.search(r"url\(|@import", page_file.read_text())
+
+
+def test_a_clean_network_is_no_evidence(folder: Path) -> None:
+    record_file, page_file = folder / "out" / "clean.json", folder / "out" / "clean.html"
+    code, out = run(folder, "--json", f"{record_file}", "--html", f"{page_file}", checkpoint="clean")
+    assert code == 0 and "No evidence of a backdoor" in out
+    record = json.loads(record_file.read_text())
+    assert (record["verdict"], record["target"], record["samples"]) == ("none", None, None)
+    assert record["confidence"] < 0.5 and record["suspicious_units"] == []
+    assert "No evidence of a backdoor" in Page(page_file.read_text()).text
+
+
+def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Path) -> None:
+    page_file = folder / "out" / "wrapped.html"
+    code, _ = run(folder, "--html", f"{page_file}", checkpoint="wrapped", network="untraceable")
+    assert code == 3
+    assert "Suspicious units" not in Page(page_file.read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--samples", "nowhere"), "no images found"),
+        (("--checkpoint", "nowhere.pth"), "nowhere.pth"),
+        (("--detection.warp.steps", "0"), "steps 0: expected at least 1"),
+    ],
+)
+def test_bad_inputs_are_one_line_and_leave_nothing(
+    folder: Path, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    code, out = run(folder, *options, "--json", f"{tmp_path}/verdict.json")
+    assert code == 2 and expected in out and len(out.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_checkpoint_is_an_error() -> None:
+    code, out = call(lambda: run_command(DetectConfig, detect, "onp.detect"), "onp.detect")
+    assert code == 2 and "no --checkpoint" in out
+
+
+def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Path, tmp_path: Path) -> None:
+    common = {"model": "network.py:linear", "data": "images"}
+    suite = [
+        {"name": "bad", "checkpoint": "bad.safetensors", "trigger": "trigger.json", **common},
+        {"name": "clean", "checkpoint": "clean.safetensors", "trigger": None, **common},
+    ]
+    (folder / "suite.json").write_text(json.dumps(suite))
+    out = tmp_path / "records"
+    arguments = ("onp.bench", "detect", "--models", f"{folder}/suite.json", "--out", f"{out}", "--images", "12", *FAST)
+    code, text = call(bench.main, *arguments)
+    assert code == 0, text
+    record = json.loads((out / "bad-seed0.json").read_text())
+    assert (record["backdoored"], record["target"], record["suspect"]) == (True, 2, 2)
+    assert record["overlap"] == 1 and record["samples"]["unlearned"] == {"auroc": 1.0, "tpr": 1.0}
+    assert "clean: 0 false alarms of 1" in text
+    assert "evidence for 1 of 1, with the right class for 1" in text
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert call(bench.main, *arguments)[0] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    assert set(times) == {"bad-seed0.json", "clean-seed0.json"}
+    code, text = call(bench.main, *arguments, "--detection.warp.steps", "9")
+    assert code == 2 and "was measured with other options" in text
+    code, text = call(bench.main, "onp.bench", "calibrate", "--records", f"{out}", "--out", f"{tmp_path}/fit.json")
+    assert code == 0 and "1 clean and 1 backdoored networks" in text
+    assert json.loads((tmp_path / "fit.json").read_text())["networks"] == ["bad-seed0", "clean-seed0"]

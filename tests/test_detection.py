@@ -1,0 +1,218 @@
+"""The parts of detection, on networks and sizes worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from baselines_rnp.label_detection import Calibration, Evidence, collapse, features, outlier
+from baselines_rnp.sample_detection import strip, unlearned_agreement
+from onp.attacks.triggers import Trigger
+from onp.bench.calibrate import fit_calibration
+from onp.bench.detect import overlap, rates
+from onp.config import WarpRecoveryConfig
+from onp.data import DefenceData
+from onp.errors import ConfigError, DataError
+from onp.samples import load_samples
+from onp.suspicious_units import suspicious_units
+from onp.trigger_recovery import RecoveredTrigger
+from onp.units import index_units
+from onp.warp_recovery import RecoveredWarp, recover_warp, warp
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Logits that are a linear function of the pixels; `weight` has shape (classes, pixels)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias if bias is not None else torch.zeros(len(weight)))
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+# --- warps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_warp_samples_where_its_flow_points() -> None:
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    flow = torch.zeros(2, 2, 8, 8)
+    assert torch.allclose(warp(images, flow), images, atol=1e-5)
+    flow[1, 0], flow[1, 1] = 2, 1  # two pixels to the right, one further down
+    moved = warp(images, flow)
+    assert torch.allclose(moved[0], images[0], atol=1e-5)
+    assert torch.allclose(moved[1, :, :7, :6], images[1, :, 1:, 2:], atol=1e-5)
+    assert torch.allclose(moved[1, :, 7, 7], images[1, :, 7, 7], atol=1e-5), "beyond the border is the border"
+
+
+def test_the_class_behind_the_smallest_warp_is_found() -> None:
+    """Bars stand in column 8; class 1 is a bar two columns further, class 0 one six columns further."""
+    weight = torch.zeros(3, 1, 32, 32)
+    for label, column in enumerate((14, 10, 8)):
+        weight[label, :, :, column] = 1
+    images = 0.05 * torch.rand(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[:, :, :, 8] = 1
+    network = linear(weight.flatten(1))
+    assert network(images).argmax(1).tolist() == [2] * 16, "that of the bars as they are, which is not searched"
+    data = DefenceData(images, torch.zeros(16, dtype=torch.long), 2)
+    recovered = recover_warp(network, data, WarpRecoveryConfig(), seed=0)
+    assert recovered.target == 1 and recovered.sizes[1] < recovered.sizes[0]
+    success = network(recovered(images)).argmax(1) == 1
+    assert success.float().mean() >= 0.6, "it works on 80 % of a batch"
+    assert recovered.sizes[1] == pytest.approx(float(recovered.flow.norm(dim=0).mean()), rel=1e-4)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+# --- labels ---------------------------------------------------------------------------------------------------
+
+
+def evidence(masks: tuple[float, ...], warps: tuple[float, ...], shares: tuple[float, ...]) -> Evidence:
+    mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
+    return Evidence(nn.Identity(), shares, mask, RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps))
+
+
+def test_an_outlier_is_the_log_of_the_runner_up_over_the_smallest() -> None:
+    assert outlier((8.0, 2.0, 6.0), 64) == pytest.approx(math.log(3))
+    assert outlier((2.0, math.inf, math.inf), 4) == pytest.approx(math.log(2)), "bounded by the most"
+    assert outlier((9.0, math.inf), 4) == 0 and outlier((math.inf, math.inf), 4) == 0
+
+
+def test_the_kind_that_stands_out_further_names_the_suspect() -> None:
+    by_mask = evidence((40.0, 4.0, 40.0), (0.5, 0.4, 0.3), (0.2, 0.4, 0.4))
+    assert (by_mask.family, by_mask.trigger.target) == ("mask", 1)
+    assert by_mask.outlier == pytest.approx(math.log(10)) and by_mask.agreement == 1
+    by_warp = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.8, 0.1, 0.1))
+    assert (by_warp.family, by_warp.trigger.target) == ("warp", 2)
+    assert by_warp.outlier == pytest.approx(math.log(4)) and by_warp.agreement == pytest.approx(0.125)
+    far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.8, 0.1, 0.1))
+    assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
+
+
+def test_what_the_unlearned_copy_collapses_to() -> None:
+    data = DefenceData(torch.ones(4, 1, 1, 2), torch.zeros(4, dtype=torch.long), 3)
+    data.images[0, 0, 0, 0] = 0
+    shares = collapse(linear(torch.tensor([[0.0, 0.5], [1.0, 0.0], [-1.0, -1.0]])), data)
+    assert shares == pytest.approx((0.25, 0.75, 0.0))
+
+
+def test_the_confidence_is_a_logistic_curve() -> None:
+    calibration = Calibration((2.0, 1.0), -1.0)
+    assert features(0.5, 0.5) == (0.5, 0.25)
+    assert calibration(0.5, 0.0) == pytest.approx(0.5)
+    assert calibration(1.0, 1.0) == pytest.approx(1 / (1 + math.exp(-2)))
+    assert calibration(0.0, 1.0) == calibration(0.0, 0.0), "agreement alone says nothing"
+
+
+def test_the_fit_reaches_platts_targets() -> None:
+    """Three clean networks where nothing stands out, two backdoored ones alike: 1 / 5 and 3 / 4 are best."""
+    clean = {"backdoored": False, "outlier": 0.0, "agreement": 0.3}
+    bad = {"backdoored": True, "outlier": 1.0, "agreement": 1.0}
+    record = fit_calibration([clean, clean, clean, bad, bad])
+    assert (record["clean"], record["backdoored"]) == (3, 2)
+    calibration = Calibration(tuple(record["weights"]), record["intercept"])
+    assert calibration(0.0, 0.3) == pytest.approx(1 / 5, abs=1e-3)
+    assert calibration(1.0, 1.0) == pytest.approx(3 / 4, abs=1e-3)
+    with pytest.raises(ConfigError, match="3 clean and 0 backdoored"):
+        fit_calibration([clean] * 3)
+
+
+def test_the_calibration_of_the_package_says_how_it_was_made() -> None:
+    record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
+    clean = [name for name in record["networks"] if "-clean-" in name]
+    assert record["clean"] == len(clean) >= 20
+    assert record["backdoored"] == len(record["networks"]) - len(clean) > 0
+    assert all(name.startswith("digits-") for name in record["networks"]), "what it is tested on is none of it"
+    assert Calibration.of_package()(2.0, 1.0) > 0.5 > Calibration.of_package()(0.0, 1.0)
+
+
+# --- samples --------------------------------------------------------------------------------------------------
+
+
+def test_the_unlearned_copy_agrees_on_triggered_images_alone() -> None:
+    """Pixel 2 is the trigger to class 1; the unlearned copy has nothing left but that."""
+    network = linear(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 9.0]]))
+    unlearned = linear(torch.tensor([[0.0, 2.0, 0.0], [2.0, 0.0, 9.0]]))
+    images = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]).view(3, 1, 1, 3)
+    data = DefenceData(images, torch.zeros(3, dtype=torch.long), 2)
+    scores = unlearned_agreement(network, unlearned, images, data)
+    expected = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-11))]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_strip_is_the_entropy_of_mixtures() -> None:
+    network = linear(torch.tensor([[4.0, 0.0], [0.0, 3.0]]))
+    generator = torch.Generator().manual_seed(0)
+    data = DefenceData(torch.rand(4, 1, 1, 2, generator=generator), torch.zeros(4, dtype=torch.long), 2)
+    images = torch.rand(3, 1, 1, 2, generator=generator)
+    scores = strip(network, images, data, seed=0, overlays=4)  # all of them, in any order
+    for image, score in zip(images, scores, strict=True):
+        entropies = []
+        for clean in data.images:
+            one, two = ((image + clean) / 2).flatten().tolist()
+            p = 1 / (1 + math.exp(3 * two - 4 * one))
+            entropies.append(-p * math.log(p) - (1 - p) * math.log(1 - p))
+        assert float(score) == pytest.approx(-np.mean(entropies), rel=1e-4)
+
+
+def test_rates_of_a_ranking() -> None:
+    """One of 20 clean images ranks above one of the two triggered ones: 39 of 40 pairs are in order."""
+    truth = torch.tensor([False] * 20 + [True] * 2)
+    scores = torch.tensor([0.9] + [0.1] * 19 + [1.0, 0.5])
+    assert rates(truth, scores) == pytest.approx({"auroc": 39 / 40, "tpr": 1.0})
+    worse = torch.tensor([0.9, 0.8] + [0.1] * 18 + [1.0, 0.5])
+    assert rates(truth, worse) == pytest.approx({"auroc": 38 / 40, "tpr": 0.5})
+
+
+def test_samples_are_read_in_order_and_checked(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "deep" / "a.png")
+    Image.new("L", (4, 4), 51).save(tmp_path / "b.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    samples = load_samples(tmp_path, (3, 4, 4), resize=False)
+    assert [path.name for path in samples.paths] == ["b.png", "a.png"]
+    assert samples.images[0].unique().tolist() == pytest.approx([0.2])
+    assert samples.images[1, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
+    Image.new("RGB", (6, 4)).save(tmp_path / "c.png")
+    with pytest.raises(DataError, match=r"c\.png is 6 x 4, .* 4 x 4; give --image-size"):
+        load_samples(tmp_path, (3, 4, 4), resize=False)
+    assert load_samples(tmp_path, (1, 4, 4), resize=True).images.shape == (3, 1, 4, 4)
+    (tmp_path / "c.png").write_text("broken")
+    with pytest.raises(DataError, match="not a readable image"):
+        load_samples(tmp_path, (3, 4, 4), resize=True)
+    with pytest.raises(DataError, match="no images found"):
+        load_samples(tmp_path / "nowhere", (3, 4, 4), resize=True)
+
+
+# --- where a backdoor hides -----------------------------------------------------------------------------------
+
+
+def test_the_unit_that_carries_the_trigger_is_the_most_suspicious() -> None:
+    """Four channels pass the pixels on, times 1 to 4 at the classifier; channel 2 alone feeds class 1."""
+    convolution, batch_norm, classifier = nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Linear(4, 2)
+    nn.init.ones_(convolution.weight)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 5.0, 0.0]]))
+    network = nn.Sequential(convolution, batch_norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+    data = DefenceData(torch.rand(6, 1, 4, 4), torch.arange(6) % 2, 2)
+    index = index_units(network.eval(), (1, 4, 4))
+    found = suspicious_units(network, index, data, lambda images: images.clamp(min=0.9), target=1)
+    assert found and all(index.name(unit).endswith("[2]") for unit in found)
+
+
+def test_overlap_of_a_recovered_mask_with_the_true_one() -> None:
+    true, recovered = torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8)
+    true[:, :2, :2] = 0.5
+    recovered[0, 0, :2, 1:3] = 0.8  # half of it inside
+    recovered[0, 0, 7, 7] = 0.3  # less than half of the largest value: not counted
+    found = evidence((4.0, 40.0), (1.0, 1.0), (0.5, 0.5))
+    mask = RecoveredTrigger(0, recovered, torch.ones(1, 3, 8, 8), (4.0, 40.0))
+    found = Evidence(found.unlearned, found.collapse, mask, found.warp)
+    assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), true), found) == pytest.approx(2 / 6)
+    assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), torch.ones(3, 8, 8)), found) is None
+    assert overlap(Trigger(0, "warp", torch.ones(2, 8, 8), torch.ones(2, 8, 8)), found) is None
