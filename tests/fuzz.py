@@ -115,9 +115,8 @@ def fuzz(name: str, count: int, folder: Path, seed: int = 0) -> Counter[str]:
     """
     form, path, seen, tally = FORMATS[name], folder / FORMATS[name].name, set[int](), Counter[str]()
 
-    random = Random(seed)
-
     def check(content: bytes) -> None:
+        random = Random(content)  # the same for the same content, so that Hypothesis can repeat a failure
         attempt(content)
         for _ in range(VARIANTS - 1):
             attempt(damaged(content, random))
