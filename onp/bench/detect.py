@@ -66,7 +66,8 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
                     write_json(path, measure_detection(suspect, config, seed))
             records.append(_read(path, config))
     calibration = Calibration.of_package()
-    console.print(make_table(records, calibration))
+    for table in make_tables(records, calibration):
+        console.print(table)
     for line in summary(records, calibration):
         console.print(line, highlight=False)
 
@@ -155,40 +156,29 @@ def rates(truth: Tensor, scores: Tensor) -> dict[str, float]:
     return {"auroc": float(roc_auc_score(truth, scores)), "tpr": float(right[wrong <= FALSE_ALARMS].max())}
 
 
-def make_table(records: list[dict[str, Any]], calibration: Calibration) -> Table:
-    """One line a network and seed."""
-    table = Table(title="detection from clean images", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = (
-        "network",
-        "seed",
-        "target",
-        "confidence",
-        "suspect",
-        "by",
-        "collapse",
-        "IoU",
-        "AUROC",
-        "TPR",
-        "STRIP",
-        "TPR",
-    )
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list[Table]:
+    """Verdicts, and what was measured with the triggers; a line a network and seed."""
+    verdicts = _table("verdicts", ("target", "probability", "suspect", "by", "collapse"))
+    triggers = _table("triggers", ("IoU", "AUROC", "TPR", "STRIP AUROC", "TPR"))
     for record in records:
+        name, collapse = f"{record['network']}, seed {record['seed']}", record["collapse"]
         confidence = calibration(record["outlier"], record["agreement"])
-        collapse = record["collapse"]
-        samples = record.get("samples", {})
-        figures = [
-            samples[name][rate] if samples else None for name in ("unlearned", "strip") for rate in ("auroc", "tpr")
-        ]
-        table.add_row(
-            record["network"], str(record["seed"]),
-            str(record["target"]) if record["backdoored"] else "clean",
-            f"{confidence:.2f}",
-            str(record["suspect"]) if confidence >= LEAST_CONFIDENCE else "none", record["family"],
-            str(collapse.index(max(collapse))),
-            *("-" if figure is None else f"{figure:.2f}" for figure in (record.get("overlap"), *figures)),
-        )  # fmt: skip
+        suspect = str(record["suspect"]) if confidence >= LEAST_CONFIDENCE else "none"
+        target = str(record["target"]) if record["backdoored"] else "clean"
+        favourite = str(collapse.index(max(collapse)))
+        verdicts.add_row(name, target, f"{confidence:.2f}", suspect, record["family"], favourite)
+        if record["backdoored"]:
+            rates = (record["samples"][score][rate] for score in ("unlearned", "strip") for rate in ("auroc", "tpr"))
+            cells = ("-" if figure is None else f"{figure:.2f}" for figure in (record["overlap"], *rates))
+            triggers.add_row(name, *cells)
+    return [verdicts, triggers] if triggers.rows else [verdicts]
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("network")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
