@@ -30,29 +30,20 @@ Family = Literal["mask", "warp"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A logistic regression on the `features` of a network."""
+    """A logistic regression on the strength of the evidence."""
 
-    weights: tuple[float, ...]
+    weight: float
     intercept: float
 
     @classmethod
     def of_package(cls) -> Calibration:
         """The one that comes with the package; `calibration.json` says how it was made."""
         record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
-        return cls(tuple(record["weights"]), record["intercept"])
+        return cls(record["weight"], record["intercept"])
 
-    def __call__(self, outlier: float, agreement: float) -> float:
-        """Probability of a backdoor, if half of all networks had one."""
-        terms = zip(self.weights, features(outlier, agreement), strict=True)
-        return 1 / (1 + math.exp(-self.intercept - sum(weight * value for weight, value in terms)))
-
-
-def features(outlier: float, agreement: float) -> tuple[float, float]:
-    """How far a class stands out, and how much of that the unlearned copy agrees with.
-
-    Agreement alone is no feature: where no class stands out, it comes about by chance.
-    """
-    return outlier, outlier * agreement
+    def __call__(self, strength: float) -> float:
+        """Probability of a backdoor, if half of all networks had one, for `Evidence.strength`."""
+        return 1 / (1 + math.exp(-self.intercept - self.weight * strength))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,24 +65,31 @@ class Evidence:
         return {"mask": outlier(self.mask.sizes, height * width), "warp": outlier(self.warp.sizes, height / 8)}
 
     @property
+    def strengths(self) -> dict[Family, float]:
+        """By family, the outlier; that of warps as far as the unlearned copy agrees with it.
+
+        Clean networks too have a class that a far smaller warp leads to; but no unlearned copy that collapses to it.
+        """
+        return {"mask": self.outliers["mask"], "warp": self.outliers["warp"] * self.agreement(self.warp.target)}
+
+    @property
+    def strength(self) -> float:
+        """The larger strength."""
+        return max(self.strengths.values())
+
+    @property
     def family(self) -> Family:
-        """The family whose smallest trigger stands out further."""
-        return "warp" if self.outliers["warp"] > self.outliers["mask"] else "mask"
+        """The family that speaks louder."""
+        return "warp" if self.strengths["warp"] > self.strengths["mask"] else "mask"
 
     @property
     def trigger(self) -> RecoveredTrigger | RecoveredWarp:
-        """The recovered trigger that stands out further."""
+        """Its smallest recovered trigger."""
         return self.warp if self.family == "warp" else self.mask
 
-    @property
-    def outlier(self) -> float:
-        """The larger outlier."""
-        return max(self.outliers.values())
-
-    @property
-    def agreement(self) -> float:
-        """Clean images that the unlearned copy sends to the suspect class, by those that its favourite class gets."""
-        return self.collapse[self.trigger.target] / max(self.collapse)
+    def agreement(self, target: int) -> float:
+        """Clean images that the unlearned copy sends to class `target`, by those that its favourite class gets."""
+        return self.collapse[target] / max(self.collapse)
 
 
 def outlier(sizes: tuple[float, ...], most: float) -> float:

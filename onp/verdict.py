@@ -17,7 +17,7 @@ from onp.units import index_units
 
 def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None) -> dict[str, Any]:
     """What `--json` holds."""
-    confidence = Calibration.of_package()(evidence.outlier, evidence.agreement)
+    confidence = Calibration.of_package()(evidence.strength)
     found = confidence >= LEAST_CONFIDENCE
     config = inputs.config
     assert config.checkpoint is not None
@@ -30,7 +30,8 @@ def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: 
         "suspect": evidence.trigger.target,
         "kind": evidence.family,
         "outliers": evidence.outliers,
-        "agreement": evidence.agreement,
+        "agreement": evidence.agreement(evidence.trigger.target),
+        "strength": evidence.strength,
         "classes": [
             {"class": number, "name": str(name), "mask": finite(mask), "warp": finite(warp), "collapse": collapse}
             for number, (name, mask, warp, collapse) in enumerate(

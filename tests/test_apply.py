@@ -200,8 +200,8 @@ def test_bad_options_leave_nothing(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").touch()
     before = sorted(tmp_path.rglob("*"))
     cases: list[tuple[dict[str, object], type[OnpError], str]] = [
-        ({"mask": tmp_path / "absent.json"}, MaskError, "not a readable mask"),
-        ({"mask": tmp_path / "broken.json"}, MaskError, "not a readable mask"),
+        ({"mask": tmp_path / "absent.json"}, MaskError, "no readable JSON"),
+        ({"mask": tmp_path / "broken.json"}, MaskError, "no readable JSON"),
         ({"model": f"{inputs / 'network.py'}:other"}, CheckpointError, "does not fit"),
         ({"out": tmp_path / "file"}, ConfigError, "new or empty folder"),
         ({"out": tmp_path / "full"}, ConfigError, "new or empty folder"),

@@ -320,7 +320,7 @@ def test_patterns_of_another_size(tmp_path: Path) -> None:
 
 def test_pickled_patterns_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "p.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="not a specification"):
+    with pytest.raises(DataError, match="no plain .npy array"):
         load_trigger(write_spec(tmp_path, pattern="p.npy"), SHAPE, 10)
 
 

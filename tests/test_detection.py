@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from baselines_rnp.label_detection import Calibration, Evidence, collapse, features, outlier
+from baselines_rnp.label_detection import Calibration, Evidence, collapse, outlier
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
 from onp.bench.calibrate import fit_calibration
@@ -83,14 +83,16 @@ def test_an_outlier_is_the_log_of_the_runner_up_over_the_smallest() -> None:
     assert outlier((9.0, math.inf), 4) == 0 and outlier((math.inf, math.inf), 4) == 0
 
 
-def test_the_kind_that_stands_out_further_names_the_suspect() -> None:
-    by_mask = evidence((40.0, 4.0, 40.0), (0.5, 0.4, 0.3), (0.2, 0.4, 0.4))
+def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
+    by_mask = evidence((40.0, 4.0, 40.0), (0.5, 0.4, 0.3), (0.4, 0.2, 0.4))
     assert (by_mask.family, by_mask.trigger.target) == ("mask", 1)
-    assert by_mask.outlier == pytest.approx(math.log(10)) and by_mask.agreement == 1
-    by_warp = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.8, 0.1, 0.1))
+    assert by_mask.strength == pytest.approx(math.log(10)), "whatever the unlearned copy says"
+    by_warp = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.1, 0.5, 0.4))
     assert (by_warp.family, by_warp.trigger.target) == ("warp", 2)
-    assert by_warp.outlier == pytest.approx(math.log(4)) and by_warp.agreement == pytest.approx(0.125)
-    far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.8, 0.1, 0.1))
+    assert by_warp.strength == pytest.approx(0.8 * math.log(4)) and by_warp.agreement(2) == pytest.approx(0.8)
+    alone = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.98, 0.01, 0.01))
+    assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy collapses there"
+    far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
 
 
@@ -102,22 +104,19 @@ def test_what_the_unlearned_copy_collapses_to() -> None:
 
 
 def test_the_confidence_is_a_logistic_curve() -> None:
-    calibration = Calibration((2.0, 1.0), -1.0)
-    assert features(0.5, 0.5) == (0.5, 0.25)
-    assert calibration(0.5, 0.0) == pytest.approx(0.5)
-    assert calibration(1.0, 1.0) == pytest.approx(1 / (1 + math.exp(-2)))
-    assert calibration(0.0, 1.0) == calibration(0.0, 0.0), "agreement alone says nothing"
+    calibration = Calibration(2.0, -1.0)
+    assert calibration(0.5) == pytest.approx(0.5)
+    assert calibration(1.5) == pytest.approx(1 / (1 + math.exp(-2)))
 
 
 def test_the_fit_reaches_platts_targets() -> None:
     """Three clean networks where nothing stands out, two backdoored ones alike: 1 / 5 and 3 / 4 are best."""
-    clean = {"backdoored": False, "outlier": 0.0, "agreement": 0.3}
-    bad = {"backdoored": True, "outlier": 1.0, "agreement": 1.0}
+    clean, bad = {"backdoored": False, "strength": 0.0}, {"backdoored": True, "strength": 1.0}
     record = fit_calibration([clean, clean, clean, bad, bad])
     assert (record["clean"], record["backdoored"]) == (3, 2)
-    calibration = Calibration(tuple(record["weights"]), record["intercept"])
-    assert calibration(0.0, 0.3) == pytest.approx(1 / 5, abs=1e-3)
-    assert calibration(1.0, 1.0) == pytest.approx(3 / 4, abs=1e-3)
+    calibration = Calibration(record["weight"], record["intercept"])
+    assert calibration(0.0) == pytest.approx(1 / 5, abs=1e-3)
+    assert calibration(1.0) == pytest.approx(3 / 4, abs=1e-3)
     with pytest.raises(ConfigError, match="3 clean and 0 backdoored"):
         fit_calibration([clean] * 3)
 
@@ -128,7 +127,7 @@ def test_the_calibration_of_the_package_says_how_it_was_made() -> None:
     assert record["clean"] == len(clean) >= 20
     assert record["backdoored"] == len(record["networks"]) - len(clean) > 0
     assert all(name.startswith("digits-") for name in record["networks"]), "what it is tested on is none of it"
-    assert Calibration.of_package()(2.0, 1.0) > 0.5 > Calibration.of_package()(0.0, 1.0)
+    assert Calibration.of_package()(2.0) > 0.5 > Calibration.of_package()(0.0)
 
 
 # --- samples --------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_networks(name: str) -> None:
             logits.append(pruned(inputs))
             assert torch.equal(model(inputs), logits[-1])
         assert (engine.logits(mask) - logits[-1]).abs().max() <= 1e-5 * logits[-1].abs().max()
-    assert (logits[2] - logits[0]).abs().max() > 1e-2 * logits[0].abs().max()
+    assert (logits[2] - logits[0]).abs().max() > 1e-3 * logits[0].abs().max()
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("vision_transformer", ".mlp.0"), ("convnext_tiny", ".block.3")])

@@ -439,7 +439,7 @@ def test_an_unknown_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["onp.bench", "chair"])
     with pytest.raises(SystemExit) as stop:
         bench.main()
-    assert stop.value.code == 2 and "engine, table" in capsys.readouterr().err
+    assert stop.value.code == 2 and "engine, networks, table" in capsys.readouterr().err
 
 
 # --- what rewards predict -------------------------------------------------------------------------------------

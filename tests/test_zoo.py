@@ -67,7 +67,7 @@ def test_a_name_and_a_seed_fix_the_recipe() -> None:
     "name", ["", "cifar10", "cifar10-small_vgg", "imagenet-small_vgg-sig", "cifar10-small_vgg-magic", "cifar10-sig"]
 )
 def test_other_names(name: str) -> None:
-    with pytest.raises(ConfigError, match="expected a suite .development, judged. or DATA-NETWORK-ATTACK"):
+    with pytest.raises(ConfigError, match="expected a suite .development, judged, calibration. or DATA-NETWORK-ATTACK"):
         make_recipe(name, 0)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
-from baselines_rnp.label_detection import features
 from onp.checkpoints import write_json
 from onp.commands import console
 from onp.errors import ConfigError
@@ -36,7 +35,7 @@ def run_calibrate(config: CalibrateConfig) -> None:
 
 
 def fit_calibration(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Logistic regression on the `features` of records, both classes weighing the same, towards Platt's targets.
+    """Logistic regression on the strength of the evidence, both classes weighing the same, towards Platt's targets.
 
     Platt (1999, section 2.2) aims at (n + 1) / (n + 2) for n examples of a class and not at 1, so that classes that
     a line separates do not end in certainty. Raises `ConfigError` where a class is missing.
@@ -49,9 +48,7 @@ def fit_calibration(records: list[dict[str, Any]]) -> dict[str, Any]:
         )
     # Every network counts once as what it is, by Platt's target, and once as what it is not, by the rest.
     examples = [
-        (features(record["outlier"], record["agreement"]), known, label)
-        for record, known in zip(records, truth, strict=True)
-        for label in counts
+        ([record["strength"]], known, label) for record, known in zip(records, truth, strict=True) for label in counts
     ]
     weights = [
         (counts[known] + 1 if label == known else 1) / (counts[known] + 2) / counts[known] * len(truth) / 2
@@ -61,7 +58,7 @@ def fit_calibration(records: list[dict[str, Any]]) -> dict[str, Any]:
         [values for values, _, _ in examples], [label for _, _, label in examples], weights
     )
     return {
-        "weights": fit.coef_[0].tolist(),
+        "weight": float(fit.coef_[0, 0]),
         "intercept": float(fit.intercept_[0]),
         "clean": counts[False],
         "backdoored": counts[True],

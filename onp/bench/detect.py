@@ -101,9 +101,8 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "options": _options(config),
         "family": evidence.family,
         "suspect": evidence.trigger.target,
-        "outlier": evidence.outlier,
-        "agreement": evidence.agreement,
-        "outliers": evidence.outliers,
+        "strength": evidence.strength,
+        "strengths": evidence.strengths,
         "mask_sizes": [finite(size) for size in evidence.mask.sizes],
         "warp_sizes": [finite(size) for size in evidence.warp.sizes],
         "collapse": evidence.collapse,
@@ -162,7 +161,7 @@ def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list
     triggers = _table("triggers", ("IoU", "AUROC", "TPR", "STRIP AUROC", "TPR"))
     for record in records:
         name, collapse = f"{record['network']}, seed {record['seed']}", record["collapse"]
-        confidence = calibration(record["outlier"], record["agreement"])
+        confidence = calibration(record["strength"])
         suspect = str(record["suspect"]) if confidence >= LEAST_CONFIDENCE else "none"
         target = str(record["target"]) if record["backdoored"] else "clean"
         favourite = str(collapse.index(max(collapse)))
@@ -186,7 +185,7 @@ def summary(records: list[dict[str, Any]], calibration: Calibration) -> list[str
     """Label detection accuracy, misses and false alarms, and mean rates of sample detection."""
     clean = [record for record in records if not record["backdoored"]]
     bad = [record for record in records if record["backdoored"]]
-    alarm = [calibration(record["outlier"], record["agreement"]) >= LEAST_CONFIDENCE for record in records]
+    alarm = [calibration(record["strength"]) >= LEAST_CONFIDENCE for record in records]
     raised = {id(record) for record, raised in zip(records, alarm, strict=True) if raised}
     lines = [f"clean: {sum(id(record) in raised for record in clean)} false alarms of {len(clean)}"] if clean else []
     if not bad:
