@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from baselines_rnp.unlearn import unlearn
 from onp.config import DetectionConfig
 from onp.data import DefenceData
+from onp.errors import ModelError
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp
 
 LEAST_CONFIDENCE = 0.5
 """confidence from which the verdict is that there is evidence"""
+LEAST_SKILL = 0.2
+"""accuracy from which a network can be judged: 0 is that of always giving the most frequent class, 1 is 100 %"""
 Family = Literal["mask", "warp"]
 
 
@@ -56,13 +59,17 @@ class Evidence:
     """per class, the fraction of clean images that the unlearned copy sends to it"""
     mask: RecoveredTrigger
     warp: RecoveredWarp
+    clean_accuracy: float
+    """fraction of the clean images that the network classifies as labelled"""
 
     @property
     def outliers(self) -> dict[Family, float]:
         """By family, how far its smallest trigger stands out (`outlier`)."""
         height, width = self.mask.masks.shape[2:]
-        # A mask can cover the whole image; a warp by more than an eighth of its height is no hidden trigger.
-        return {"mask": outlier(self.mask.sizes, height * width), "warp": outlier(self.warp.sizes, height / 8)}
+        # A mask can cover the whole image; a warp by more than an eighth of its height is no hidden trigger. Where less
+        # than a pixel (a twentieth, for a warp at 32 pixels) leads to a class, images are sent there without it.
+        masks, warps = (1.0, float(height * width)), (height / 640, height / 8)
+        return {"mask": outlier(self.mask.sizes, *masks), "warp": outlier(self.warp.sizes, *warps)}
 
     @property
     def strengths(self) -> dict[Family, float]:
@@ -92,9 +99,9 @@ class Evidence:
         return self.collapse[target] / max(self.collapse)
 
 
-def outlier(sizes: tuple[float, ...], most: float) -> float:
-    """Log of the runner-up's size over the smallest, at least 0; sizes above `most` count as `most`."""
-    first, second = (min(size, most) for size in sorted(sizes)[:2])
+def outlier(sizes: tuple[float, ...], least: float, most: float) -> float:
+    """Log of the runner-up's size over the smallest, at least 0; sizes count as within `least` and `most`."""
+    first, second = (min(max(size, least), most) for size in sorted(sizes)[:2])
     return math.log(second / first)
 
 
@@ -107,16 +114,25 @@ def find_evidence(
 ) -> Evidence:
     """Unlearn a copy and recover triggers of every class, from clean images alone; `model` stays as it is.
 
-    `progress` is called with what comes next. Raises `ModelError` where unlearning diverges.
+    `progress` is called with what comes next. Raises `ModelError` where unlearning diverges, or where the network does
+    hardly better than always giving the same class: that class would look like a target.
     """
     model = model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+    accuracy = float((logits_of(model, data.inputs).argmax(1) == data.labels).float().mean())
+    same = float(data.labels.bincount().max()) / len(data)
+    if accuracy - same < LEAST_SKILL * (1 - same):
+        raise ModelError(
+            f"the network classifies {accuracy:.0%} of the clean images as labelled, and one class alone has "
+            f"{same:.0%} of them: there is nothing to judge; check --checkpoint, --mean, --std and the "
+            "order of the classes"
+        )
     progress("unlearning a copy")
     unlearned = unlearn(model, data, config.unlearn, seed).model
     progress("recovering masks and patterns")
     mask = recover_trigger(model, data, config.recovery, seed)
     progress("recovering warps")
     warp = recover_warp(model, data, config.warp, seed)
-    return Evidence(unlearned, collapse(unlearned, data), mask, warp)
+    return Evidence(unlearned, collapse(unlearned, data), mask, warp, accuracy)
 
 
 def collapse(unlearned: nn.Module, data: DefenceData) -> tuple[float, ...]:

@@ -20,7 +20,7 @@ from torch import nn
 from onp.checkpoints import load_checkpoint, save_weights, sha256, write_json
 from onp.commands import console, run_command
 from onp.data import DefenceData
-from onp.errors import ConfigError
+from onp.errors import ConfigError, ModelError
 from onp.export import export_onnx, export_program, require_onnx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask, apply_mask
@@ -58,8 +58,8 @@ class ApplyConfig(InputConfig):
     model.onnx, both of the smaller network behind its input normalisation, so that they take images in [0, 1]"""
 
 
-def apply(config: ApplyConfig) -> None:
-    """Apply a saved mask to a checkpoint, and write the result as files that deploy."""
+def apply(config: ApplyConfig) -> int:
+    """Apply a saved mask to a checkpoint, and write the result as files that deploy. Exit code 1: a file is missing."""
     config = config.resolved()
     if "onnx" in config.formats:
         require_onnx()
@@ -70,11 +70,15 @@ def apply(config: ApplyConfig) -> None:
         purified = copy.deepcopy(inputs.model)
         apply_mask(purified, mask)
         shrunk = shrink(inputs.model, mask, data.inputs)
-        files = {}
+        files = dict[str, dict[str, Any]]()
         for kind in config.formats:
             path = folder / FILES[kind]
             console.print(f"Writing {path.name} ...", style="dim", highlight=False)
-            deviation = _write(kind, path, inputs.model, purified, shrunk, data)
+            try:
+                deviation = _write(kind, path, inputs.model, purified, shrunk, data)
+            except ModelError as error:  # the others may do
+                files[path.name] = {"error": str(error)}
+                continue
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path), "deviation": deviation}
         record = {
             "model": Path(config.model).name,
@@ -96,6 +100,7 @@ def apply(config: ApplyConfig) -> None:
         }
         write_json(folder / "deploy.json", record)
     _show(record, config.out)
+    return 1 if any("error" in file for file in files.values()) else 0
 
 
 def _write(
@@ -165,8 +170,12 @@ def _show(record: dict[str, Any], out: Path) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("deviation", justify="right")
     for name, file in record["files"].items():
-        table.add_row(name, f"{file['bytes']:,}", f"{file['deviation']:.1e}")
+        if "error" not in file:
+            table.add_row(name, f"{file['bytes']:,}", f"{file['deviation']:.1e}")
     console.print(table)
+    for file in record["files"].values():
+        if "error" in file:
+            console.print(f"not written: {file['error']}", style="red", soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"deviation: largest difference of logits from the masked network's, over the largest logit, "
         f"on {record['images']} clean images\n{out}",

@@ -48,7 +48,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     types = [
         f"{key} is {_kind(value)}, expected {_kind(expected[key])}"
         for key, value in weights.items()
-        if not _is_plain(value) or value.dtype not in (FLOATS if expected[key].is_floating_point() else INTEGERS)
+        if not _is_plain(value) or not _may_become(value.dtype, expected[key].dtype)
     ]
     if types:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {_some(types)}; give plain, dense weights")
@@ -102,6 +102,10 @@ def _no_further_types() -> Iterator[None]:
         yield
     finally:
         torch.serialization.add_safe_globals(added)
+
+
+def _may_become(found: torch.dtype, wanted: torch.dtype) -> bool:
+    return found == wanted or found in (FLOATS if wanted.is_floating_point else INTEGERS)
 
 
 def _is_plain(value: Tensor) -> bool:

@@ -63,7 +63,7 @@ def run_command(config: type[Config], job: Callable[[Config], int | None], progr
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except OSError as error:
-        print(f"error: {error}; all that was written before is whole: the same command goes on", file=sys.stderr)
+        print(f"error: {error}; what was written before is whole", file=sys.stderr)
         code = os.EX_IOERR
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

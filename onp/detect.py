@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
 from onp.purification import check_network
 from onp.samples import load_samples
-from onp.verdict import by_suspicion, headline, make_record
+from onp.verdict import by_suspicion, headline, label, make_record
 
 EVIDENCE = 3
 """exit code where there is evidence of a backdoor"""
@@ -43,6 +44,9 @@ def detect(config: DetectConfig) -> int:
     if config.checkpoint is None:
         raise ConfigError("no --checkpoint: give the weights of the network to look at")
     config = config.resolved()
+    for path in (config.json, config.html):
+        if path is not None and not _may_be_written(path):
+            raise ConfigError(f"{path} cannot be written; give another file")
     inputs = open_inputs(config)
     data = inputs.defence_data()
     check_network(inputs.model, data)
@@ -65,17 +69,24 @@ def detect(config: DetectConfig) -> int:
     return EVIDENCE if record["verdict"] == "evidence" else 0
 
 
+def _may_be_written(path: Path) -> bool:
+    nearest = next(parent for parent in path.parents if parent.exists())
+    return not path.is_dir() and nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def show(record: dict[str, Any]) -> None:
     """The verdict and the most suspicious classes and samples, in the terminal."""
     console.print(headline(record), style="bold", soft_wrap=True, highlight=False)
+    console.print(
+        f"Accuracy on the {record['defence_images']} clean images: {record['clean_accuracy']:.1%}", highlight=False
+    )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("class", no_wrap=True)
     for name in ("mask, pixels", "warp, pixels", "collapse"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in by_suspicion(record)[:SHOWN]:
         sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("mask", "warp"))
-        label = f"{row['class']} {row['name']}" if row["name"] != str(row["class"]) else row["name"]
-        table.add_row(label, *sizes, f"{row['collapse']:.0%}")
+        table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
     for sample in (record["samples"] or [])[:SHOWN]:
         console.print(

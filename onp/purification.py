@@ -114,12 +114,18 @@ class Purification:
 
     @cached_property
     def subject(self) -> str:
-        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, PyTorch, threads."""
+        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, PyTorch, threads.
+
+        What the network makes of a few images stands for the code of its `forward`.
+        """
         data, config = self.data, self.config
         settings = config.seed, config.env, config.rnp, data.num_classes, data.normalise, str(data.images.device)
         about = (str(self.model), settings, torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
-        for name, tensor in {**plain_weights(self.model), "images": data.images, "labels": data.labels}.items():
+        with torch.no_grad():
+            logits = self.model(data.inputs[:8])
+        tensors = {**plain_weights(self.model), "images": data.images, "labels": data.labels, "logits": logits}
+        for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -215,6 +221,8 @@ def check_network(model: nn.Module, data: DefenceData) -> None:
         logits = model.eval()(data.inputs[:2])
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ModelError(f"{type(model).__name__} does not give logits of shape (images, classes)")
+    if logits.shape[1] < 2:
+        raise ModelError(f"{type(model).__name__} has one output; a classifier of two classes or more is expected")
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"{type(model).__name__} gives outputs that are not finite on the defence images")
     if int(data.labels.max()) >= logits.shape[1]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2 as transforms
 
 from onp.errors import DataError
+from onp.images import read_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,7 @@ def load_samples(folder: Path, shape: tuple[int, ...], resize: bool) -> Samples:
 
 def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
     channels, height, width = shape
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("L" if channels == 1 else "RGB")
-    except OSError as error:
-        raise DataError(f"{path} is not a readable image ({error}); remove or replace it") from error
+    pixels = read_image(path).convert("L" if channels == 1 else "RGB")
     if not resize and pixels.size != (width, height):
         found = f"{pixels.width} x {pixels.height}"
         raise DataError(f"{path} is {found}, the network's images are {width} x {height}; give --image-size")

@@ -7,7 +7,6 @@ network on real inputs before anybody gets it.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onp.channels import ChannelMap, map_channels
-from onp.checkpoints import load_checkpoint, save_weights, write_json
-from onp.errors import CheckpointError, ModelError
+from onp.checkpoints import load_checkpoint, read_json, save_weights, write_json
+from onp.errors import CheckpointError, FileError, ModelError
 from onp.masks import KeepMask, apply_mask
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS
 from onp.units import UnitIndex
@@ -107,14 +106,15 @@ def load_shrunk(model: nn.Module, path: str | Path) -> nn.Module:
     """The network that `save_shrunk` wrote, from its original `model` (of any weights): on the CPU, in eval mode.
 
     Reads `path` (safetensors) and the JSON beside it. No layer becomes larger than in `model`, so a hostile file cannot
-    make this allocate more than that. Raises `CheckpointError` where the files do not fit the network or each other.
+    make this allocate more than that. Raises `CheckpointError` where the files do not fit the network or each other (a
+    network that branches on values shows some of that only when it is used).
     """
     path = Path(path)
     sizes = path.with_suffix(".json")
     try:
-        record = json.loads(sizes.read_text())
+        record = read_json(sizes)
         channels, input_shape = record["channels"], record["input_shape"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (FileError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{sizes} does not hold the sizes of a shrunken network ({error!r}); it belongs beside {path.name}"
         ) from error
@@ -124,16 +124,31 @@ def load_shrunk(model: nn.Module, path: str | Path) -> nn.Module:
         inputs = torch.arange(size["inputs"]) if "inputs" in size else None
         _cut(layers[name], torch.arange(size["outputs"]), inputs)
     load_checkpoint(smaller, path)
-    try:  # without memory or computation: the sizes alone
-        blank = copy.deepcopy(smaller).to("meta")
-        with torch.device("meta"), torch.no_grad():
-            blank(torch.empty(1, *input_shape))
+    if not _is_shape(input_shape):
+        raise CheckpointError(f"{sizes} gives images the shape {str(input_shape)[:80]}, which does not fit any")
+    try:
+        _run_without_data(model, input_shape)
+    except Exception:  # it branches on values, or keeps some that are no buffers: then it cannot tell
+        return smaller
+    try:
+        _run_without_data(smaller, input_shape)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"the sizes in {sizes} do not fit together or images of {input_shape} ({reason}); write the file again"
         ) from error
     return smaller
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and 0 < size < 2**16 for size in value)
+
+
+def _run_without_data(model: nn.Module, input_shape: Any) -> None:
+    """One image through a copy without memory or computation, for the sizes alone; raises what `forward` raises."""
+    blank = copy.deepcopy(model).to("meta")
+    with torch.device("meta"), torch.no_grad():
+        blank(torch.empty(1, *input_shape))
 
 
 def _checked(channels: Any, layers: dict[str, nn.Module], path: Path) -> dict[str, dict[str, int]]:
@@ -194,7 +209,8 @@ def logits_of(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 def deviation(logits: Tensor, expected: Tensor) -> float:
     """Largest difference between `logits` and `expected`, both (n, classes), over the largest expected one."""
-    return float((logits - expected).abs().max() / expected.abs().max())
+    off = (logits - expected).abs().max()
+    return float(off / expected.abs().max()) if off != 0 else 0.0
 
 
 def same(name: str, logits: Tensor, expected: Tensor) -> float:

@@ -59,6 +59,11 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
         )
     if (config.run_dir / "report.json").exists():
         folder = RunFolder.create_or_resume(config.run_dir, config)
+        report = read_json(folder.file("report.json"))
+        if config.checkpoint is not None and sha256(config.checkpoint) != report["checkpoint_sha256"]:
+            raise ConfigError(
+                f"{config.checkpoint} is not the file that {folder.path} purified; restore it, or give another folder"
+            )
         console.print(f"This run is complete: {folder.path}")
         return folder
     inputs = open_inputs(config)

@@ -32,6 +32,7 @@ def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: 
         "outliers": evidence.outliers,
         "agreement": evidence.agreement(evidence.trigger.target),
         "strength": evidence.strength,
+        "clean_accuracy": evidence.clean_accuracy,
         "classes": [
             {"class": number, "name": str(name), "mask": finite(mask), "warp": finite(warp), "collapse": collapse}
             for number, (name, mask, warp, collapse) in enumerate(
@@ -89,6 +90,11 @@ def headline(record: dict[str, Any]) -> str:
     confidence = f"probability of a backdoor {record['confidence']:.2f}"
     if record["verdict"] == "none":
         return f"No evidence of a backdoor ({confidence}). That is no proof: all-to-all attacks leave none here."
-    name = record["classes"][record["target"]]["name"]
-    named = f" ({name})" if name != str(record["target"]) else ""
-    return f"Evidence of a backdoor towards class {record['target']}{named}, by a {record['kind']} ({confidence})."
+    suspect = label(record["classes"][record["target"]])
+    return f"Evidence of a backdoor towards class {suspect}, by a {record['kind']} ({confidence})."
+
+
+def label(row: dict[str, Any]) -> str:
+    """The number of a class, and its name where that says more."""
+    number, name = str(row["class"]), row["name"]
+    return number if name.lstrip("0") == number.lstrip("0") else f"{number} ({name})"

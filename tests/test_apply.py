@@ -221,7 +221,7 @@ def test_a_mask_for_another_network_is_refused(inputs: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
 
 
-@pytest.mark.parametrize("failure", [ModelError("no"), KeyboardInterrupt(), OSError("disk full")])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError("disk full")])
 def test_stopping_in_the_middle_leaves_nothing(
     failure: BaseException, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +236,22 @@ def test_stopping_in_the_middle_leaves_nothing(
         apply(options(inputs, tmp_path / "out"))
     assert sorted(seen) == ["purified.safetensors", "shrunk.safetensors"], "it stopped too early to tell"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_said_and_the_rest_is_there(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object) -> float:
+        raise ModelError("it branches on values")
+
+    monkeypatch.setattr(command, "export_program", stop)
+    assert apply(options(inputs, tmp_path / "out")) == 1
+    assert not (tmp_path / "out" / "program.pt2").exists()
+    for name in ("purified.safetensors", "shrunk.safetensors", "shrunk.json", "model.onnx"):
+        assert (tmp_path / "out" / name).exists(), name
+    files = json.loads((tmp_path / "out" / "deploy.json").read_text())["files"]
+    assert files["program.pt2"] == {"error": "it branches on values"} and "deviation" in files["model.onnx"]
+    assert "not written: it branches on values" in capsys.readouterr().out
 
 
 def test_a_killed_command_leaves_no_folder_of_that_name(inputs: Path, tmp_path: Path) -> None:

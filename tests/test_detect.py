@@ -196,7 +196,7 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
     assert set(times) == {"bad-seed0.json", "clean-seed0.json"}
     code, text = call(bench.main, *arguments, "--detection.warp.steps", "9")
-    assert code == 2 and "was measured with other options" in text
+    assert code == 2 and "of another network or other options" in text
     code, text = call(bench.main, "onp.bench", "calibrate", "--records", f"{out}", "--out", f"{tmp_path}/fit.json")
     assert code == 0 and "1 clean and 1 backdoored networks" in text
     assert json.loads((tmp_path / "fit.json").read_text())["networks"] == ["bad-seed0", "clean-seed0"]

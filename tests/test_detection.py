@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -13,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from baselines_rnp.label_detection import Calibration, Evidence, collapse, outlier
+from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
-from onp.bench.calibrate import fit_calibration
+from onp.bench.calibrate import CalibrateConfig, fit_calibration, run_calibrate
 from onp.bench.detect import overlap, rates
-from onp.config import WarpRecoveryConfig
+from onp.config import DetectionConfig, WarpRecoveryConfig
 from onp.data import DefenceData
-from onp.errors import ConfigError, DataError
+from onp.errors import ConfigError, DataError, FileError, ModelError, OnpError
 from onp.samples import load_samples
 from onp.suspicious_units import suspicious_units
 from onp.trigger_recovery import RecoveredTrigger
@@ -74,13 +75,16 @@ def test_the_class_behind_the_smallest_warp_is_found() -> None:
 
 def evidence(masks: tuple[float, ...], warps: tuple[float, ...], shares: tuple[float, ...]) -> Evidence:
     mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
-    return Evidence(nn.Identity(), shares, mask, RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps))
+    return Evidence(
+        nn.Identity(), shares, mask, RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps), 1.0
+    )
 
 
 def test_an_outlier_is_the_log_of_the_runner_up_over_the_smallest() -> None:
-    assert outlier((8.0, 2.0, 6.0), 64) == pytest.approx(math.log(3))
-    assert outlier((2.0, math.inf, math.inf), 4) == pytest.approx(math.log(2)), "bounded by the most"
-    assert outlier((9.0, math.inf), 4) == 0 and outlier((math.inf, math.inf), 4) == 0
+    assert outlier((8.0, 2.0, 6.0), 1, 64) == pytest.approx(math.log(3))
+    assert outlier((2.0, math.inf, math.inf), 1, 4) == pytest.approx(math.log(2)), "bounded by the most"
+    assert outlier((9.0, math.inf), 1, 4) == 0 and outlier((math.inf, math.inf), 1, 4) == 0
+    assert outlier((1e-8, 3.0), 1, 4) == pytest.approx(math.log(3)), "bounded by the least"
 
 
 def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
@@ -94,6 +98,15 @@ def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
     assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy collapses there"
     far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_network_that_always_says_the_same_is_not_judged(classes: int) -> None:
+    """To that class no trigger is needed, which would look like a backdoor."""
+    network = linear(torch.tensor([[1.0] * 12, *[[0.0] * 12] * (classes - 1)]))
+    data = DefenceData(torch.rand(12, 3, 2, 2), torch.arange(12) % classes, classes)
+    with pytest.raises(ModelError, match="nothing to judge"):
+        find_evidence(network, data, DetectionConfig(), seed=0)
 
 
 def test_what_the_unlearned_copy_collapses_to() -> None:
@@ -119,6 +132,14 @@ def test_the_fit_reaches_platts_targets() -> None:
     assert calibration(1.0) == pytest.approx(3 / 4, abs=1e-3)
     with pytest.raises(ConfigError, match="3 clean and 0 backdoored"):
         fit_calibration([clean] * 3)
+
+
+@pytest.mark.parametrize(("text", "error"), [("{", FileError), ("{}", ConfigError), ("[]", ConfigError)])
+def test_broken_records_fit_nothing(tmp_path: Path, text: str, error: type[OnpError]) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(error, match=r"a\.json|lacks"):
+        run_calibrate(CalibrateConfig(tmp_path, tmp_path / "out.json"))
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_calibration_of_the_package_says_how_it_was_made() -> None:
@@ -211,7 +232,7 @@ def test_overlap_of_a_recovered_mask_with_the_true_one() -> None:
     recovered[0, 0, 7, 7] = 0.3  # less than half of the largest value: not counted
     found = evidence((4.0, 40.0), (1.0, 1.0), (0.5, 0.5))
     mask = RecoveredTrigger(0, recovered, torch.ones(1, 3, 8, 8), (4.0, 40.0))
-    found = Evidence(found.unlearned, found.collapse, mask, found.warp)
+    found = replace(found, mask=mask)
     assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), true), found) == pytest.approx(2 / 6)
     assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), torch.ones(3, 8, 8)), found) is None
     assert overlap(Trigger(0, "warp", torch.ones(2, 8, 8), torch.ones(2, 8, 8)), found) is None

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from onp.attacks.triggers import load_trigger
@@ -29,6 +30,8 @@ from onp.images import read_image
 from onp.inputs import InputConfig
 from onp.masks import KeepMask
 from onp.run_folder import RunFolder
+from onp.samples import load_samples
+from onp.train import TrainConfig, complete_run
 from onp.units import index_units
 
 
@@ -76,6 +79,17 @@ def test_weights_have_to_be_plain_floats(tmp_path: Path, kind: str) -> None:
     weights = network().state_dict()
     torch.save(weights | {"3.weight": ODD[kind](weights["3.weight"])}, tmp_path / "w.pth")
     check_refused(tmp_path / "w.pth", rf"3\.weight is .*{'' if kind == 'meta' else kind}.*, expected float32")
+
+
+def test_buffers_of_other_types_are_weights(tmp_path: Path) -> None:
+    model = network()
+    model.register_buffer("seen", torch.tensor([True, False]))
+    torch.save({**model.state_dict(), "seen": torch.tensor([False, True])}, tmp_path / "w.pth")
+    load_checkpoint(model, tmp_path / "w.pth")
+    assert model.get_buffer("seen").tolist() == [False, True]
+    torch.save({**model.state_dict(), "seen": torch.tensor([1.0, 0.0])}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="seen is float32, expected bool"):
+        load_checkpoint(model, tmp_path / "w.pth")
 
 
 def test_counters_have_to_be_integers(tmp_path: Path) -> None:
@@ -239,6 +253,18 @@ def test_bad_images_are_refused_one_by_one(tmp_path: Path) -> None:
         assert path.name in str(caught.value) and "\n" not in str(caught.value), what
 
 
+def test_samples_are_images_like_all_others(tmp_path: Path) -> None:
+    for number, (what, (path, words)) in enumerate(bad_images(tmp_path / "images").items()):
+        if path.is_dir():
+            continue
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"{path.stem}.png").symlink_to(path)
+        with pytest.raises(DataError, match=words):
+            load_samples(folder, (3, 4, 4), resize=True)
+            raise AssertionError(what)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_good_modes(tmp_path: Path, mode: str) -> None:
     assert read_image(saved(tmp_path / "i.png", mode)).mode == "RGB"
@@ -378,3 +404,12 @@ def test_a_run_is_bound_to_its_network_and_images(tmp_path: Path) -> None:
     folder.bind("one")
     with pytest.raises(ConfigError, match="another network, other images or another PyTorch"):
         folder.bind("another")
+
+
+def test_a_finished_run_is_of_its_checkpoint_alone(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"others than it purified")
+    config = TrainConfig(checkpoint=tmp_path / "w.pth", data=str(tmp_path), run_dir=tmp_path / "run").resolved()
+    folder = RunFolder.create_or_resume(tmp_path / "run", config)
+    folder.file("report.json").write_text(json.dumps({"checkpoint_sha256": "0" * 64}))
+    with pytest.raises(ConfigError, match="w.pth is not the file that"):
+        complete_run(config, Console(quiet=True))

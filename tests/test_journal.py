@@ -205,15 +205,26 @@ def test_the_subject_is_all_that_scores_depend_on(purification: Callable[[Path |
         return Purification(model or one.model, data or one.data, config).subject
 
     assert of(finalists=3) == one.subject, "the choice among scores changes no score"
+
+    class ReLU(nn.ReLU):
+        """Prints like PyTorch's."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input.tanh()
+
+    rewritten = copy.deepcopy(one.model)
+    rewritten[2] = ReLU()  # type: ignore[index,operator]
+    assert str(rewritten) == str(one.model)
     changed = copy.deepcopy(one.model)
     changed.get_parameter("0.weight").data[1, 2, 0, 1] *= 1.0001
     images = one.data.images.clone()
     images[3, 1, 2, 2] *= 0.999
     others = [
         of(changed),
+        of(rewritten),
         of(data=replace(one.data, images=images)),
         of(data=replace(one.data, labels=one.data.labels.flip(0))),
         of(seed=1),
         of(env=replace(one.config.env, max_steps=5)),
     ]
-    assert len({one.subject, *others}) == 6
+    assert len({one.subject, *others}) == 7

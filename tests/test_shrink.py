@@ -18,7 +18,17 @@ import onp
 from onp.errors import CheckpointError, ModelError
 from onp.masks import KeepMask, apply_mask
 from onp.models import build_model
-from onp.shrinking import Shrunk, deviation, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
+from onp.shrinking import (
+    Shrunk,
+    deviation,
+    load_shrunk,
+    logits_of,
+    multiply_adds,
+    parameter_count,
+    same,
+    save_shrunk,
+    shrink,
+)
 from onp.units import index_units
 
 Randomise = Callable[..., nn.Module]
@@ -395,12 +405,35 @@ def test_hostile_sizes_are_refused(saved: Path, channels: object, message: str) 
         load_shrunk(Depthwise(), saved)
 
 
-@pytest.mark.parametrize("shape", [[3, 8, 8], [1, 10**30, 8], "ab", None, [1, -8, 8]])
-def test_sizes_that_do_not_fit_together_are_refused(saved: Path, shape: object) -> None:
+@pytest.mark.parametrize("shape", [[1, 10**30, 8], "ab", None, [1, -8, 8], [8, 8]])
+def test_shapes_that_no_images_have_are_refused(saved: Path, shape: object) -> None:
     record = json.loads(saved.with_suffix(".json").read_text())
     saved.with_suffix(".json").write_text(json.dumps({**record, "input_shape": shape}))
-    with pytest.raises(CheckpointError, match="do not fit together"):
+    with pytest.raises(CheckpointError, match="does not fit any"):
         load_shrunk(Depthwise(), saved)
+
+
+def test_networks_that_cannot_run_without_data_come_back(tmp_path: Path, randomised: Randomise) -> None:
+    """A branch on values, and a tensor that is no buffer."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise, self.mean = Depthwise(), torch.tensor(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.depthwise(x - self.mean) if x.sum() > -1e9 else x
+
+    network = randomised(Odd())
+    inputs = images(0, 1, 8, 8)
+    kept = Shrunk(network, (1, 8, 8), {}, (), {}, 0.0)
+    save_shrunk(kept, tmp_path / "odd.safetensors")
+    again = load_shrunk(Odd(), tmp_path / "odd.safetensors")
+    assert torch.equal(logits_of(again, inputs), logits_of(network, inputs))
+
+
+def test_networks_that_say_nothing_do_not_deviate() -> None:
+    assert deviation(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
 
 
 def test_layers_that_do_not_fit_each_other_are_refused(saved: Path) -> None:

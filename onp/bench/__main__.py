@@ -20,7 +20,10 @@ BENCHES = {
 
 def main() -> None:
     """Run the benchmark that the first argument names."""
-    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: python -m onp.bench NAME [OPTIONS]; NAME is one of {', '.join(BENCHES)}, each with a --help")
+        return
     if name not in BENCHES:
         print(f"error: benchmark {name!r}: expected one of {', '.join(BENCHES)}, then its options", file=sys.stderr)
         sys.exit(2)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
-from onp.checkpoints import write_json
+from onp.checkpoints import read_json, write_json
 from onp.commands import console
 from onp.errors import ConfigError
 
@@ -27,7 +26,12 @@ class CalibrateConfig:
 def run_calibrate(config: CalibrateConfig) -> None:
     """Fit the probability of a backdoor to the records of networks of known truth."""
     paths = sorted(config.records.glob("*.json"))
-    record = fit_calibration([json.loads(path.read_text()) for path in paths])
+    try:
+        record = fit_calibration([read_json(path) for path in paths])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--records {config.records}: a record lacks {error}; give what onp.bench detect wrote"
+        ) from error
     write_json(config.out, record | {"networks": [path.stem for path in paths]})
     console.print(
         f"{record['clean']} clean and {record['backdoored']} backdoored networks: {config.out}", soft_wrap=True

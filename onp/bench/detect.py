@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +16,7 @@ from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidenc
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger, load_trigger
 from onp.bench.suite import Suspect, read_suites
-from onp.checkpoints import write_json
+from onp.checkpoints import read_json, sha256, write_json
 from onp.commands import console
 from onp.config import DetectionConfig
 from onp.data import DefenceData
@@ -64,7 +63,7 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
             if not path.exists():
                 with console.status(f"{path.stem} ..."):
                     write_json(path, measure_detection(suspect, config, seed))
-            records.append(_read(path, config))
+            records.append(_read(path, suspect, config))
     calibration = Calibration.of_package()
     for table in make_tables(records, calibration):
         console.print(table)
@@ -72,17 +71,17 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
         console.print(line, highlight=False)
 
 
-def _read(path: Path, config: DetectBenchConfig) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["options"] != _options(config):
-        raise ConfigError(f"{path} was measured with other options; remove it, or give another --out")
+def _read(path: Path, suspect: Suspect, config: DetectBenchConfig) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(path)
+    if record.get("subject") != _subject(suspect, config):
+        raise ConfigError(f"{path} is of another network or other options; remove it, or give another --out")
     return record
 
 
-def _options(config: DetectBenchConfig) -> dict[str, Any]:
-    """The options that a record depends on, as JSON has them."""
-    chosen = {"images": config.images, "defence_size": config.defence_size, "detection": asdict(config.detection)}
-    return json.loads(json.dumps(chosen))
+def _subject(suspect: Suspect, config: DetectBenchConfig) -> str:
+    """What a record depends on."""
+    files = [sha256(path) for path in (suspect.checkpoint, suspect.trigger) if path is not None]
+    return repr((suspect, files, config.images, config.defence_size, config.threads, config.device, config.detection))
 
 
 def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "seed": seed,
         "backdoored": suspect.trigger is not None,
         "target": None,
-        "options": _options(config),
+        "subject": _subject(suspect, config),
         "family": evidence.family,
         "suspect": evidence.trigger.target,
         "strength": evidence.strength,
