@@ -7,7 +7,8 @@ model of a warp: `trust` says how far the smallest mask stands out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,19 @@ class RecoveredTrigger:
         return self.trust >= LEAST_TRUST
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode and its parameters need no gradient; it stays in eval mode."""
+    parameters = [parameter for parameter in model.eval().parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 def recover_trigger(
     model: nn.Module,
     data: DefenceData,
@@ -82,11 +96,7 @@ def recover_trigger(
     A backdoor may answer to several parts of its trigger, and the smallest mask holds only one. So the suspect class is
     optimised again on pixels not used yet, as long as its mask stays below the runner-up's.
     """
-    model.eval()
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(model):
         search = _Search(model, data, config, seed)
         search.optimise(torch.arange(data.num_classes), progress)
         search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
@@ -100,9 +110,6 @@ def recover_trigger(
                 break
             masks.append(search.masks[target].clone())
             patterns.append(search.patterns[target].clone())
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes)
 
 

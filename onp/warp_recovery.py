@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from onp.config import WarpRecoveryConfig
 from onp.data import DefenceData
+from onp.trigger_recovery import frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +52,11 @@ def recover_warp(
     progress: Callable[[int], None] = lambda step: None,
 ) -> RecoveredWarp:
     """Optimise the warps of all classes side by side, and the most promising ones for as long again."""
-    model.eval()
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    with frozen(model):
         search = _Search(model, data, config, seed)
         search.optimise(torch.arange(data.num_classes), progress)
         promising = sorted(range(data.num_classes), key=lambda c: (float(search.sizes[c]), -float(search.success[c])))
         search.optimise(torch.tensor(sorted(promising[: config.finalists])), progress)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
     target = int(search.sizes.argmin())
     return RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
 
