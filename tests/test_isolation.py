@@ -75,12 +75,20 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "network.py").write_text(NETWORK)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    labels = torch.arange(12) % 3
+    images = torch.randint(100, (12, 3, 8, 8), dtype=torch.uint8)
+    images[torch.arange(12), labels] += 150  # a class is a colour
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images / 255), labels).backward()
+        optimizer.step()
     safetensors.torch.save_file(network.state_dict(), tmp_path / "weights.safetensors")
     for split in ("train", "test"):
-        for number in range(12):
+        for number, image in enumerate(images):
             path = tmp_path / "images" / split / f"class{number % 3}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()).save(path)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     Image.new("RGB", (8, 8), "white").save(tmp_path / "patch.png")
     (tmp_path / "trigger.json").write_text('{"target": 1, "mode": "add", "pattern": "patch.png"}')
     return tmp_path
