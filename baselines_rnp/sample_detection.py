@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from baselines_rnp.label_detection import logits_of
 from onp.data import DefenceData
+from onp.logits import logits_of
 
 
 def unlearned_agreement(model: nn.Module, unlearned: nn.Module, images: Tensor, data: DefenceData) -> Tensor:

@@ -23,8 +23,9 @@ from onp.data import DefenceData
 from onp.errors import ConfigError, ModelError
 from onp.export import export_onnx, export_program, require_onnx
 from onp.inputs import InputConfig, open_inputs
+from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
-from onp.shrinking import Shrunk, load_shrunk, logits_of, multiply_adds, parameter_count, same, save_shrunk, shrink
+from onp.shrinking import Shrunk, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
 from onp.units import UnitIndex, index_units
 
 Format = Literal["safetensors", "shrunk", "export", "onnx"]

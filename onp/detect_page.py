@@ -13,12 +13,13 @@ from markupsafe import Markup
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from baselines_rnp.label_detection import Evidence, logits_of
+from baselines_rnp.label_detection import Evidence
 from onp.data import DefenceData
 from onp.drawing import draw_graph
 from onp.errors import ModelError
 from onp.graph import build_graph, to_networkx
 from onp.inputs import Inputs
+from onp.logits import logits_of
 from onp.samples import Samples
 from onp.units import index_units
 from onp.verdict import by_suspicion, headline

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from onp.checkpoints import write_atomically
 from onp.data import Normalisation
 from onp.errors import ConfigError, ModelError
-from onp.shrinking import logits_of, same
+from onp.logits import logits_of
+from onp.shrinking import same
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 NONE = Normalisation()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 Values = dict[str, Tensor]
 """what one computation gives; names and tensors"""
+_SECONDS = "seconds taken"  # no weight has a name like this
 _DIGEST = hashlib.sha256().digest_size
 _HEAD = 8 + 2 * _DIGEST  # of a record: length of its values, digest of all of it, digest of its name
 
@@ -45,12 +46,12 @@ class Journal:
         key = hashlib.sha256(name.encode() if isinstance(name, str) else name).digest()
         if (block := self._known.get(key)) is not None:
             values = safetensors.torch.load(block)
-            self.seconds += float(values.pop("seconds"))
+            self.seconds += float(values.pop(_SECONDS))
             return values
         start = time.perf_counter()
         values = compute()
         seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        block = safetensors.torch.save({**values, "seconds": seconds})
+        block = safetensors.torch.save({**values, _SECONDS: seconds})
         self._append(self.path, len(block).to_bytes(8, "little") + self._digest(key, block) + key + block)
         return values
 

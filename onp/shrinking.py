@@ -7,7 +7,6 @@ network on real inputs before anybody gets it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from onp.channels import ChannelMap, map_channels
 from onp.checkpoints import load_checkpoint, read_json, save_weights, write_json
 from onp.errors import CheckpointError, FileError, ModelError
+from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS
 from onp.units import UnitIndex
 
 LARGEST_DEVIATION = 1e-4
 """how far two networks that are to be the same may differ: see `deviation`"""
-BATCH = 100
-"""images that go through a network at a time"""
 
 LAYERS = (*CONVOLUTIONS, *BATCH_NORMS, nn.Linear)
 """what can become smaller"""
@@ -199,12 +197,6 @@ def _cut(module: nn.Module, outputs: Tensor, inputs: Tensor | None) -> None:
 
 
 # --- measures ---------------------------------------------------------------------------------------------
-
-
-def logits_of(model: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """What `model` says about `inputs`, shape (n, classes), a batch at a time."""
-    with torch.no_grad():
-        return torch.cat([model(part) for part in inputs.split(BATCH)])
 
 
 def deviation(logits: Tensor, expected: Tensor) -> float:

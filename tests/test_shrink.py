@@ -16,19 +16,10 @@ from torch.nn import functional as F
 
 import onp
 from onp.errors import CheckpointError, ModelError
+from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
 from onp.models import build_model
-from onp.shrinking import (
-    Shrunk,
-    deviation,
-    load_shrunk,
-    logits_of,
-    multiply_adds,
-    parameter_count,
-    same,
-    save_shrunk,
-    shrink,
-)
+from onp.shrinking import Shrunk, deviation, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
 from onp.units import index_units
 
 Randomise = Callable[..., nn.Module]

@@ -21,9 +21,10 @@ from onp.commands import console, print_untraced
 from onp.engine import Engine
 from onp.errors import ConfigError, ModelError, OnpError
 from onp.export import export_onnx, require_onnx
+from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
-from onp.shrinking import logits_of, parameter_count, shrink
+from onp.shrinking import parameter_count, shrink
 from onp.tracing import BATCH_NORMS
 from onp.units import KINDS, UnitIndex, index_units
 
