@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -114,13 +115,13 @@ class Purification:
 
     @cached_property
     def subject(self) -> str:
-        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, PyTorch, threads.
+        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, versions, threads.
 
         What the network makes of a few images stands for the code of its `forward`.
         """
         data, config = self.data, self.config
         settings = config.seed, config.env, config.rnp, data.num_classes, data.normalise, str(data.images.device)
-        about = (str(self.model), settings, torch.__version__, torch.get_num_threads())
+        about = (str(self.model), settings, version("onp"), torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
         with torch.no_grad():
             logits = self.model(data.inputs[:8])

@@ -402,7 +402,7 @@ def test_a_run_is_bound_to_its_network_and_images(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.bind("one")
     folder.bind("one")
-    with pytest.raises(ConfigError, match="another network, other images or another PyTorch"):
+    with pytest.raises(ConfigError, match="another network, other images, or another version of ONP or PyTorch"):
         folder.bind("another")
 
 
