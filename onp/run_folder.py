@@ -68,8 +68,8 @@ class RunFolder:
             write_json(path, {"sha256": subject})
         elif read_json(path) != {"sha256": subject}:
             raise ConfigError(
-                f"{self.path} was begun with another network, other images, or another version of ONP or PyTorch; restore them, or give "
-                "another folder"
+                f"{self.path} was begun with another network, other images, or another version of ONP or PyTorch; "
+                "restore them, or give another folder"
             )
 
     @property
