@@ -33,12 +33,12 @@ DATA = {
     "gtsrb": DataRecipe(43, 19_968, 6, False, 0.85, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     "digits": DataRecipe(10, 768, 12, False, 0.90),
 }
-FEWER_IMAGES = {"small_vgg": 14_080, "cifar_mobilenet_v2": 14_080}
+FEWER_IMAGES = {"small_vgg": 18_048, "cifar_mobilenet_v2": 14_080}
 """training images of networks that take longer, whatever their width"""
 POISON: dict[AttackName, tuple[float, int]] = {
     "badnets": (0.1, 0),
     "blended": (0.1, 1),
-    "sig": (0.8, 2),
+    "sig": (0.5, 2),
     "trojan": (0.1, 3),
     "l0": (0.1, 4),
     "l2": (0.1, 5),
