@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from onp.errors import ModelError
-from onp.gated import GatedNetwork
+from onp.gated_network import GatedNetwork
 from onp.masks import KeepMask, Rule
 from onp.tracing import image_axis
 from onp.units import UnitIndex

@@ -1,6 +1,6 @@
 """A physically smaller network: the channels that a mask leaves silent are cut out, where the logits stay the same.
 
-Where they would not (`onp.channels` says why), pruned units stay as zeros. The result is measured against the masked
+Where they would not (`onp.removable` says why), pruned units stay as zeros. The result is measured against the masked
 network on real inputs before anybody gets it.
 """
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from onp.channels import ChannelMap, map_channels
 from onp.checkpoints import load_checkpoint, read_json, save_weights, write_json
 from onp.errors import CheckpointError, FileError, ModelError
 from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
+from onp.removable import ChannelMap, map_channels
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS
 from onp.units import UnitIndex
 

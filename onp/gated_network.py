@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from onp.errors import ModelError
-from onp.gating import GatedGraph, is_plain
+from onp.gated_graph import GatedGraph, is_plain
 from onp.masks import Rule
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, shape_of
 from onp.units import UnitIndex, UnitLayer
