@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_networks import Dense, Depthwise, PlainNet
 
 import onp
 from onp.errors import CheckpointError, ModelError
@@ -24,23 +25,6 @@ from onp.units import index_units
 
 Randomise = Callable[..., nn.Module]
 FACTORS = torch.linspace(0.5, 1.5, 6).view(6, 1, 1)
-
-
-class Plain(nn.Module):
-    """conv-bn, conv without bn, flatten to 3 x 4 x 4, hidden linear with bn, hidden linear without, logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2 = nn.Conv2d(4, 3, 3, padding=1)
-        self.fc1, self.bn2 = nn.Linear(3 * 4 * 4, 7), nn.BatchNorm1d(7)
-        self.fc2 = nn.Linear(7, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        x = torch.flatten(F.max_pool2d(x, 2), 1)
-        return self.head(F.relu(self.fc2(F.relu(self.bn2(self.fc1(x))))))
 
 
 class Residual(nn.Module):
@@ -59,35 +43,6 @@ class Residual(nn.Module):
         out += x
         out = F.adaptive_avg_pool2d(F.relu(out), 1)
         return self.head(out.view(out.size(0), -1))
-
-
-class Dense(nn.Module):
-    """A batch-norm reads the concatenation of the stem (3 channels) and a growth convolution (2 channels)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 3, 3, padding=1)
-        self.norm1, self.grow = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3, padding=1)
-        self.norm2, self.head = nn.BatchNorm2d(5), nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.cat([x, self.grow(F.relu(self.norm1(x)))], 1)
-        return self.head(F.relu(self.norm2(x)).mean((2, 3)))
-
-
-class Depthwise(nn.Module):
-    """A depthwise convolution makes channels 2 i and 2 i + 1 from channel i."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.depth, self.bn = nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8)
-        self.point, self.head = nn.Conv2d(8, 5, 1), nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.depth(F.relu(self.stem(x)))))
-        return self.head(F.relu(self.point(x)).mean((2, 3)))
 
 
 class Between(nn.Module):
@@ -160,7 +115,7 @@ def sizes(shrunk: Shrunk) -> dict[str, tuple[int, ...]]:
 
 
 def test_layers_lose_what_is_pruned_and_what_reads_it(randomised: Randomise) -> None:
-    network = randomised(Plain())
+    network = randomised(PlainNet())
     shrunk = shrunk_without(network, "bn1[1]", "conv2[0]", "bn2[3]", "fc2[4]")
     assert sizes(shrunk) == {
         "conv1": (3, 1), "bn1": (3,), "conv2": (2, 3), "fc1": (6, 32), "bn2": (6,), "fc2": (4, 6), "head": (2, 4),
@@ -173,7 +128,7 @@ def test_layers_lose_what_is_pruned_and_what_reads_it(randomised: Randomise) -> 
 
 
 def test_input_positions_go_with_their_whole_channel(randomised: Randomise) -> None:
-    network = randomised(Plain())
+    network = randomised(PlainNet())
     last = [f"fc1.input[{position}]" for position in range(32, 48)]
     whole = shrunk_without(network, *last)
     assert sizes(whole) == {"conv2": (2, 4), "fc1": (7, 32)} and not whole.kept_as_zeros
@@ -206,8 +161,8 @@ def test_a_channel_goes_when_all_its_readers_are_shut(randomised: Randomise) -> 
 
 def test_a_depthwise_channel_goes_with_all_that_is_made_of_it(randomised: Randomise) -> None:
     network = randomised(Depthwise())
-    shrunk = shrunk_without(network, "bn[2]", "bn[3]", "bn[6]")
-    assert sizes(shrunk) == {"stem": (3, 1), "depth": (6,), "bn": (6,), "point": (5, 6)}
+    shrunk = shrunk_without(network, "bn1[2]", "bn1[3]", "bn1[6]")
+    assert sizes(shrunk) == {"stem": (3, 1), "depth": (6,), "bn1": (6,), "point": (5, 6)}
     depth = shrunk.model.get_submodule("depth")
     assert isinstance(depth, nn.Conv2d) and (depth.groups, depth.in_channels) == (3, 3)
     assert list(shrunk.kept_as_zeros.values()) == ["point still reads it"]
@@ -265,7 +220,7 @@ def test_a_layer_that_is_called_twice_stays(randomised: Randomise) -> None:
 
 
 def test_a_layer_keeps_a_channel(randomised: Randomise) -> None:
-    shrunk = shrunk_without(randomised(Plain()), *(f"fc2[{unit}]" for unit in range(5)))
+    shrunk = shrunk_without(randomised(PlainNet()), *(f"fc2[{unit}]" for unit in range(5)))
     # No weight of fc2 is left, so nothing reads fc1 either.
     assert sizes(shrunk) == {"fc1": (1, 48), "bn2": (1,), "fc2": (1, 1), "head": (2, 1)}
     assert list(shrunk.kept_as_zeros.values()) == ["fc2 has to keep one channel"]
@@ -348,7 +303,7 @@ def test_known_networks(name: str, inner: str, randomised: Randomise, tmp_path: 
 @pytest.fixture
 def saved(randomised: Randomise, tmp_path: Path) -> Path:
     path = tmp_path / "small.safetensors"
-    save_shrunk(shrunk_without(randomised(Depthwise()), "bn[2]", "bn[3]", "point[1]"), path)
+    save_shrunk(shrunk_without(randomised(Depthwise()), "bn1[2]", "bn1[3]", "point[1]"), path)
     return path
 
 
@@ -358,7 +313,7 @@ def test_what_is_written_is_small_and_comes_back(saved: Path, randomised: Random
         "channels": {
             "stem": {"outputs": 3, "inputs": 1},
             "depth": {"outputs": 6},
-            "bn": {"outputs": 6},
+            "bn1": {"outputs": 6},
             "point": {"outputs": 4, "inputs": 6},
             "head": {"outputs": 2, "inputs": 4},
         },
@@ -367,7 +322,7 @@ def test_what_is_written_is_small_and_comes_back(saved: Path, randomised: Random
     loaded = onp.load_shrunk(original, str(saved))
     assert onp.shrink is shrink is onp.shrink, "a module of that name would hide the function"
     torch.manual_seed(0)
-    expected = shrunk_without(randomised(Depthwise()), "bn[2]", "bn[3]", "point[1]").model
+    expected = shrunk_without(randomised(Depthwise()), "bn1[2]", "bn1[3]", "point[1]").model
     assert not loaded.training and original.point.out_channels == 5
     with torch.no_grad():
         assert torch.equal(loaded(images(2)), expected(images(2)))

@@ -1,4 +1,4 @@
-"""Which units are found, how they are tied, and that pruning one makes just the documented tensor zero."""
+"""Which units are found, and how they are tied."""
 
 from __future__ import annotations
 
@@ -8,169 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_networks import (
+    IMAGE,
+    Dense,
+    Depthwise,
+    PlainNet,
+    PostActivation,
+    PreActivation,
+    SqueezeExcite,
+    Transformer,
+    Twice,
+    conv_net,
+)
 
 from onp.errors import ModelError
-from onp.masks import KeepMask, masked
 from onp.models import build_model
-from onp.units import UnitIndex, UnitLayer, index_units
-
-# --- hand-checkable networks ------------------------------------------------------------------------------
-
-
-class PlainNet(nn.Module):
-    """conv-bn, conv without bn, flatten to 3 x 4 x 4, hidden linear with bn, hidden linear without, logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(4)
-        self.conv2 = nn.Conv2d(4, 3, 3, padding=1)
-        self.fc1 = nn.Linear(3 * 4 * 4, 7)
-        self.bn2 = nn.BatchNorm1d(7)
-        self.fc2 = nn.Linear(7, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        x = torch.flatten(F.max_pool2d(x, 2), 1)
-        return self.head(F.relu(self.fc2(F.relu(self.bn2(self.fc1(x))))))
-
-
-class PostActivation(nn.Module):
-    """stem - block(conv-bn-relu-conv-bn, + identity, relu) - block with a 1x1 shortcut - pooling - logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.conv1, self.bn1 = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5)
-        self.conv2, self.bn2 = nn.Conv2d(5, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.conv3, self.bn3 = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)
-        self.short, self.bn4 = nn.Conv2d(3, 6, 1, 2), nn.BatchNorm2d(6)
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn0(self.stem(x)))
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        out += x
-        x = F.relu(out)
-        x = F.relu(self.bn3(self.conv3(x)) + self.bn4(self.short(x)))
-        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-
-
-class PreActivation(nn.Module):
-    """stem without bn; bn-relu-conv-bn-relu-conv added to the stream; last bn reads the sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.bn1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)
-        self.bn2, self.conv2 = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)
-        self.bn3 = nn.BatchNorm2d(4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
-        return self.head(F.adaptive_avg_pool2d(F.relu(self.bn3(x)), 1).flatten(1))
-
-
-class Dense(nn.Module):
-    """DenseNet-like: bn reads the concatenation of stem (3 channels) and growth convolution (2 channels)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 3, 3, padding=1)
-        self.norm1, self.grow = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.cat([x, self.grow(F.relu(self.norm1(x)))], 1)
-        return self.head(F.relu(self.norm2(x)).mean((2, 3)))
-
-
-class SqueezeExcite(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.squeeze, self.excite = nn.Linear(6, 3), nn.Linear(3, 6)
-        self.last = nn.Conv2d(6, 4, 3, padding=1)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.conv(x)))
-        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))
-        x = x * scale.view(scale.size(0), 6, 1, 1)
-        return self.head(F.relu(self.last(x)).mean((2, 3)))
-
-
-class Depthwise(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.depth, self.bn1 = nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8)
-        self.point = nn.Conv2d(8, 5, 1)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.depth(F.relu(self.stem(x)))))
-        return self.head(F.relu(self.point(x)).mean((2, 3)))
-
-
-class Twice(nn.Module):
-    """The same conv-bn applied twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.shared, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        for _ in range(2):
-            x = F.relu(self.bn(self.shared(x)))
-        return self.head(x.mean((2, 3)))
-
-
-class Transformer(nn.Module):
-    """Patch embedding, one Linear-GELU-Linear block on tensors of shape (n, 4 tokens, 6)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(1, 6, 4, 4)
-        self.norm = nn.LayerNorm(6)
-        self.fc1, self.fc2 = nn.Linear(6, 12), nn.Linear(12, 6)
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).flatten(2).transpose(1, 2)
-        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
-        return self.head(x.mean(1))
-
-
-def conv_net(*head: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), *head)
-
-
-IMAGE = (1, 8, 8)
-TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "plain": (PlainNet, IMAGE),
-    "post_activation": (PostActivation, IMAGE),
-    "pre_activation": (PreActivation, IMAGE),
-    "dense": (Dense, IMAGE),
-    "squeeze_excite": (SqueezeExcite, IMAGE),
-    "depthwise": (Depthwise, IMAGE),
-    "twice": (Twice, IMAGE),
-    "transformer": (Transformer, IMAGE),
-    "small_cnn": (lambda: build_model("small_cnn", 1, 10), IMAGE),
-    "small_vgg": (lambda: build_model("small_vgg", 3, 10), (3, 32, 32)),
-    "wide_resnet16_1": (lambda: build_model("wide_resnet16_1", 3, 10), (3, 16, 16)),
-    "preact_resnet18": (lambda: build_model("preact_resnet18-w8", 3, 10), (3, 16, 16)),
-    "cifar_vgg16_bn": (lambda: build_model("cifar_vgg16_bn-w8", 3, 10), (3, 32, 32)),
-    "cifar_mobilenet_v2": (lambda: build_model("cifar_mobilenet_v2-w0.25", 3, 10), (3, 32, 32)),
-}
+from onp.units import UnitIndex, index_units
 
 
 def found(model: nn.Module, shape: tuple[int, ...] = IMAGE) -> list[tuple[str, str, int]]:
@@ -498,149 +351,6 @@ def test_indexing_leaves_the_model_alone() -> None:
     index_units(model, IMAGE)
     assert model.training and model.bn1.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-# --- what pruning does ------------------------------------------------------------------------------------
-
-
-def _record(model: nn.Module, path: str, inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs and outputs of every call of one module."""
-    taken: list[Tensor] = []
-    given: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        taken.append(args[0].clone())
-        given.append(output.clone())
-
-    handle = model.get_submodule(path).register_forward_hook(hook)
-    with torch.no_grad():
-        model(inputs)
-    handle.remove()
-    return taken, given
-
-
-def _check_output_unit(model: nn.Module, index: UnitIndex, layer: UnitLayer, unit: int, inputs: Tensor) -> None:
-    axis = -1 if isinstance(model.get_submodule(layer.module), nn.Linear) else 1
-    _, before = _record(model, layer.module, inputs)
-    with masked(model, KeepMask.all_kept(index).without([layer.offset + unit])):
-        _, after = _record(model, layer.module, inputs)
-    others = torch.arange(layer.size) != unit
-    for one, two in zip(before, after, strict=True):
-        assert one.select(axis, unit).abs().max() > 0, "a unit that is silent anyway shows nothing"
-        assert torch.equal(two.select(axis, unit), torch.zeros_like(two.select(axis, unit)))
-    alive = others.nonzero().flatten()  # nothing before the first call has changed
-    assert torch.allclose(before[0].index_select(axis, alive), after[0].index_select(axis, alive), rtol=0, atol=1e-6)
-
-
-def _check_input_position(model: nn.Module, index: UnitIndex, layer: UnitLayer, unit: int, inputs: Tensor) -> None:
-    taken, _ = _record(model, layer.module, inputs)
-    linear = model.get_submodule(layer.module)
-    assert isinstance(linear, nn.Linear)
-    silenced = taken[0].double()
-    silenced[:, unit] = 0
-    expected = silenced @ linear.weight.double().T + linear.bias.double()
-    loud = taken[0].clone()
-    loud[:, unit] += 1000
-    with torch.no_grad(), masked(model, KeepMask.all_kept(index).without([layer.offset + unit])):
-        _, after = _record(model, layer.module, inputs)
-        assert torch.equal(linear(loud), linear(taken[0]))
-    torch.testing.assert_close(after[0].double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", TOYS)
-def test_pruning_a_unit_makes_its_output_zero_and_nothing_else(name: str, randomised: Callable[..., nn.Module]) -> None:
-    build, shape = TOYS[name]
-    torch.manual_seed(0)
-    model = randomised(build())
-    index = index_units(model, shape)
-    inputs = torch.randn(4, *shape)
-    for layer in index:
-        for unit in torch.randperm(layer.size)[:2].tolist():
-            check = _check_input_position if layer.kind == "linear_input" else _check_output_unit
-            check(model, index, layer, unit, inputs)
-
-
-@pytest.mark.parametrize("name", TOYS)
-def test_an_input_channel_is_silent_once_its_writers_are_pruned(
-    name: str, randomised: Callable[..., nn.Module]
-) -> None:
-    """`reads` names every writer: of each input channel of each layer, and of the logits' inputs."""
-    build, shape = TOYS[name]
-    torch.manual_seed(1)
-    model = randomised(build())
-    index = index_units(model, shape)
-    inputs = torch.randn(8, *shape)
-    readers = [(layer.weight or layer.module, layer.reads) for layer in index] + [
-        (o.module, o.reads) for o in index.outputs
-    ]
-    checked = 0
-    for path, reads in readers:
-        if reads is None:
-            continue
-        if (name, path) == ("transformer", "fc1"):
-            continue  # layer-norm leaves no channel at zero
-        before = _record(model, path, inputs)[0][0]
-        channels = reads.units[0].numel()
-        assert before.shape[reads.axis] == channels
-        for channel in torch.randperm(channels)[:2].tolist():
-            writers = {int(units[channel]) for units in reads.units}
-            if -1 in writers or index.layers[int(index.layer_of[min(writers)])].kind == "linear_input":
-                continue  # input positions silence the weight behind them, not what arrives
-            if not before.select(reads.axis, channel).any():
-                continue  # silent anyway: shows nothing
-            with masked(model, KeepMask.all_kept(index).without(writers)):
-                after = _record(model, path, inputs)[0][0]
-            assert torch.equal(after.select(reads.axis, channel), torch.zeros_like(after.select(reads.axis, channel)))
-            checked += 1
-    assert checked >= len(readers) // 2
-
-
-class Between(nn.Module):
-    """Two convolutions with an operation between them."""
-
-    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv, self.second, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
-        self.operation = operation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.operation(self.conv(x))).mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("operation", "expected"),
-    [
-        (nn.ReLU(), [0, 1, 2, 3, 4, 5, 6, 7]),
-        (nn.ChannelShuffle(2), [0, 4, 1, 5, 2, 6, 3, 7]),
-        (lambda x: x.view(len_of(x), 2, 4, 8, 8).transpose(1, 2).reshape(x.shape), [0, 4, 1, 5, 2, 6, 3, 7]),
-        (lambda x: x.flip(1), [7, 6, 5, 4, 3, 2, 1, 0]),
-        (lambda x: x.roll(1, 1), [7, 0, 1, 2, 3, 4, 5, 6]),
-        (lambda x: torch.cat([x.chunk(2, 1)[1], x[:, :4]], 1), [4, 5, 6, 7, 0, 1, 2, 3]),
-        (lambda x: F.pad(x[:, 2:6], (0, 0, 0, 0, 2, 2), "constant", 1.0), [-1, -1, 2, 3, 4, 5, -1, -1]),
-        (lambda x: x.flatten(2).transpose(1, 2).transpose(1, 2).unflatten(2, (8, 8)), [0, 1, 2, 3, 4, 5, 6, 7]),
-        (lambda x: F.conv2d(x, torch.ones(8, 8, 1, 1)), None),
-        (lambda x: torch.einsum("nchw,cd->ndhw", x, torch.ones(8, 8)), None),
-        (lambda x: x.reshape(-1, 4, 8, 8, 2).permute(0, 4, 1, 2, 3).reshape(x.shape), None),  # rows among the channels
-    ],
-)
-def test_channels_are_followed_wherever_they_are_moved(
-    operation: Callable[[Tensor], Tensor], expected: list[int] | None
-) -> None:
-    torch.manual_seed(0)
-    model = Between(operation).eval()
-    index = index_units(model, (3, 8, 8))
-    assert [layer.name for layer in index] == ["conv", "second"]
-    reads = index.layers[1].reads
-    assert (reads and [units.tolist() for units in reads.units]) == (expected and [expected])
-    for channel, unit in enumerate(expected or []):
-        if unit >= 0:
-            with masked(model, KeepMask.all_kept(index).without([unit])):
-                (taken,), _ = _record(model, "second", torch.randn(2, 3, 8, 8))
-            assert not taken[:, channel].any() and all(taken[:, other].any() for other in range(8) if other != channel)
-
-
-def len_of(x: Tensor) -> int:
-    return x.size(0)
 
 
 def test_a_computed_weight_is_refused() -> None:
