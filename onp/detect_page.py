@@ -36,6 +36,9 @@ def render(
     """The page as text, for a `record` of `onp.verdict.make_record`."""
     template = resources.files("onp").joinpath("templates", "detect.html").read_text()
     names = [row["name"] for row in record["classes"]]
+    mask, pattern = evidence.untargeted.mask, evidence.untargeted.pattern
+    if evidence.family == "mask":
+        mask, pattern = evidence.mask.masks[0], evidence.mask.patterns[0]
     rows = by_suspicion(record)
     largest = {key: max((row[key] for row in rows if row[key] is not None), default=1.0) for key in ("mask", "warp")}
     found = record["verdict"] == "evidence"
@@ -44,10 +47,10 @@ def render(
         headline=headline(record),
         rows=rows,
         largest=largest,
-        suspect=names[record["suspect"]],
+        suspect=names[record["suspect"]] if record["suspect"] is not None else None,
         examples=_examples(inputs, data, evidence, names),
-        mask=_picture(evidence.mask.masks[0]) if evidence.family == "mask" else None,
-        pattern=_picture(evidence.mask.patterns[0] * evidence.mask.masks[0]) if evidence.family == "mask" else None,
+        mask=_picture(mask) if evidence.family != "warp" else None,
+        pattern=_picture(pattern * mask) if evidence.family != "warp" else None,
         graph=_graph(inputs, data, evidence, record["suspicious_units"]) if found else None,
         samples=_thumbnails(record, samples),
     )  # fmt: skip
@@ -55,7 +58,7 @@ def render(
 
 def _examples(inputs: Inputs, data: DefenceData, evidence: Evidence, names: list[str]) -> list[dict[str, Any]]:
     """Clean images of several other classes, without and with the recovered trigger, and what the network says."""
-    others = (data.labels != evidence.trigger.target).nonzero().flatten()[:EXAMPLES]
+    others = [number for number, label in enumerate(data.labels.tolist()) if label != evidence.suspect][:EXAMPLES]
     clean = data.images[others]
     triggered = evidence.trigger(clean)
     said = [logits_of(inputs.model, data.normalise(images)).softmax(1).max(1) for images in (clean, triggered)]

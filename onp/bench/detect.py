@@ -99,11 +99,13 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "target": None,
         "subject": _subject(suspect, config),
         "family": evidence.family,
-        "suspect": evidence.trigger.target,
+        "suspect": evidence.suspect if evidence.suspect is not None else ALL_TO_ALL,
         "strength": evidence.strength,
         "strengths": evidence.strengths,
         "mask_sizes": [finite(size) for size in evidence.mask.sizes],
         "warp_sizes": [finite(size) for size in evidence.warp.sizes],
+        "untargeted_size": finite(evidence.untargeted.size),
+        "spread": evidence.untargeted.spread,
         "collapse": evidence.collapse,
     }
     if suspect.trigger is not None:
