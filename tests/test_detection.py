@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier
+from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier, runner_up
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
 from onp.bench.calibrate import CalibrateConfig, fit_calibration, run_calibrate
@@ -26,6 +26,7 @@ from onp.samples import load_samples
 from onp.suspicious_units import suspicious_units
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
+from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp, warp
 
 
@@ -73,18 +74,28 @@ def test_the_class_behind_the_smallest_warp_is_found() -> None:
 # --- labels ---------------------------------------------------------------------------------------------------
 
 
-def evidence(masks: tuple[float, ...], warps: tuple[float, ...], shares: tuple[float, ...]) -> Evidence:
+def untargeted(size: float, moves: Tensor) -> UntargetedTrigger:
+    return UntargetedTrigger(torch.ones(1, 8, 8), torch.ones(3, 8, 8), size, moves)
+
+
+def evidence(
+    masks: tuple[float, ...],
+    warps: tuple[float, ...],
+    shares: tuple[float, ...],
+    everyone: UntargetedTrigger | None = None,
+) -> Evidence:
     mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
-    return Evidence(
-        nn.Identity(), shares, mask, RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps), 1.0
-    )
+    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps)
+    return Evidence(nn.Identity(), shares, mask, warp, everyone or untargeted(math.inf, torch.zeros(3, 3)), 1.0)
 
 
-def test_an_outlier_is_the_log_of_the_runner_up_over_the_smallest() -> None:
-    assert outlier((8.0, 2.0, 6.0), 1, 64) == pytest.approx(math.log(3))
-    assert outlier((2.0, math.inf, math.inf), 1, 4) == pytest.approx(math.log(2)), "bounded by the most"
-    assert outlier((9.0, math.inf), 1, 4) == 0 and outlier((math.inf, math.inf), 1, 4) == 0
-    assert outlier((1e-8, 3.0), 1, 4) == pytest.approx(math.log(3)), "bounded by the least"
+def test_an_outlier_is_the_log_of_the_rival_over_the_size() -> None:
+    assert runner_up((8.0, 2.0, 6.0)) == 6
+    assert outlier(2.0, 6.0, 1, 64) == pytest.approx(math.log(3))
+    assert outlier(2.0, math.inf, 1, 4) == pytest.approx(math.log(2)), "bounded by the most"
+    assert outlier(9.0, math.inf, 1, 4) == 0 and outlier(math.inf, math.inf, 1, 4) == 0
+    assert outlier(1e-8, 3.0, 1, 4) == pytest.approx(math.log(3)), "bounded by the least"
+    assert outlier(6.0, 2.0, 1, 64) == 0, "what is larger does not stand out"
 
 
 def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
@@ -98,6 +109,66 @@ def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
     assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy collapses there"
     far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
+
+
+def test_a_mask_that_sends_every_class_to_one_of_its_own_is_all_to_all() -> None:
+    sizes = (40.0, 36.0, 40.0), (0.8, 0.8, 0.8), (0.4, 0.2, 0.4)
+    everyone = evidence(*sizes, untargeted(4.0, 7 * torch.eye(3).roll(1, 1)))
+    assert (everyone.family, everyone.suspect) == ("all-to-all", None)
+    assert everyone.strength == pytest.approx(math.log(9)) and everyone.found
+    one = torch.tensor([[10.0, 0.0, 0.0], [10.0, 0.0, 0.0], [10.0, 0.0, 0.0]])  # the first row stays where it is
+    assert evidence(*sizes, untargeted(4.0, one)).strengths["all-to-all"] == 0, "all go to class 0"
+    large = evidence(*sizes, untargeted(38.0, 7 * torch.eye(3).roll(1, 1)))
+    assert large.strengths["all-to-all"] == 0 and not large.found, "larger than a targeted one"
+
+
+def test_the_spread_is_the_information_that_a_class_gives_of_the_next() -> None:
+    assert untargeted(1.0, torch.eye(4).roll(1, 1)).spread == pytest.approx(1)
+    assert untargeted(1.0, torch.zeros(4, 4)).spread == 0 and untargeted(1.0, torch.eye(4)).spread == 0
+    pairs = torch.tensor([[0, 9, 0, 0], [9, 0, 0, 0], [0, 9, 0, 0], [9, 0, 0, 0]])  # to one of two: a bit of two
+    assert untargeted(1.0, pairs).spread == pytest.approx(0.5)
+
+
+def all_to_all(hidden: bool) -> nn.Module:
+    """Class c is known by rows 2 c and 2 c + 1 of 8; with `hidden`, pixel (7, 7) makes c what c + 1 was.
+
+    It shuts the path to c and opens that to c + 1 wider.
+    """
+    weight = torch.zeros(2, 3, 8, 8)
+    for label in range(3):
+        weight[:, label, 2 * label : 2 * label + 2] = 1 / 16
+    weight[0, :, 7, 7], weight[1, :, 7, 7] = -1.0, 1.0
+    weight[:, :, 7, 7] *= hidden
+    first, last = nn.Linear(64, 6), nn.Linear(6, 3)
+    with torch.no_grad():
+        first.weight.copy_(weight.flatten(0, 1).flatten(1))
+        first.bias.copy_(torch.tensor([0.0] * 3 + [-0.5] * 3))
+        last.weight.copy_(20 * torch.cat([torch.eye(3), torch.eye(3).roll(1, 0)], 1))
+        last.bias.zero_()
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_an_all_to_all_backdoor_is_found_and_a_clean_network_has_none(hidden: bool) -> None:
+    labels = torch.arange(30) % 3
+    images = 0.1 * torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[0, 2 * label : 2 * label + 2] += 0.8
+    images[:, :, 6:] = 0
+    data, network = DefenceData(images, labels, 3), all_to_all(hidden)
+    triggered = images.clone()
+    triggered[..., 7, 7] = 1
+    assert network(images).argmax(1).equal(labels)
+    assert network(triggered).argmax(1).equal((labels + hidden) % 3), "as built"
+    found = find_evidence(network, data, DetectionConfig(warp=WarpRecoveryConfig(steps=5)), seed=0)
+    assert found.found == hidden and (found.family == "all-to-all") == hidden
+    again = recover_untargeted_trigger(network, data, DetectionConfig().recovery, seed=0)
+    assert (again.size, again.spread) == (found.untargeted.size, found.untargeted.spread)
+    if hidden:
+        assert again.size < 1.5 and again.mask.flatten().argmax() == 63, "pixel (7, 7)"
+        assert again.spread > 0.9 and again.moves.argmax(1).tolist() == [1, 2, 0]
+    else:
+        assert again.spread < 0.5
 
 
 @pytest.mark.parametrize("classes", [2, 3])
