@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,24 @@ from onp.data import DefenceData
 
 Aim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """loss and success, (n,) each, of logits (n, classes), given what is searched for and the images' numbers, (n,) each"""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A recovered mask with a pattern."""
+
+    mask: Tensor
+    """(1, height, width) in [0, 1]"""
+    pattern: Tensor
+    """(channels, height, width) in [0, 1]"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Apply to images of shape (n, channels, height, width) in [0, 1], with the mask doubled.
+
+        A recovered mask is the least that works, and fails as soon as the network changes; an attacker's does not.
+        """
+        mask = (2 * self.mask).clamp(max=1)
+        return (1 - mask) * images + mask * self.pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +55,15 @@ class RecoveredTrigger:
     """per class, the sum of its smallest mask, in pixels; infinite where no mask worked"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], with masks doubled.
-
-        A recovered mask is the least that works, and fails as soon as the network changes; an attacker's does not.
-        """
+        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], as a `Patch` is."""
         turn = torch.arange(len(images), device=images.device) % len(self.masks)
         masks = (2 * self.masks[turn]).clamp(max=1)
         return (1 - masks) * images + masks * self.patterns[turn]
+
+    @property
+    def patch(self) -> Patch:
+        """The smallest variant."""
+        return Patch(self.masks[0], self.patterns[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""
@@ -106,6 +127,20 @@ def recover_trigger(
             masks.append(search.masks[target].clone())
             patterns.append(search.patterns[target].clone())
     return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes)
+
+
+def recover_patch(model: nn.Module, data: DefenceData, target: int, config: TriggerRecoveryConfig, seed: int) -> Patch:
+    """Optimise mask and pattern of one class alone, for as long as a finalist's; a mask of 0 where none worked."""
+    with frozen(model):
+        search = MaskSearch(model, data, config, seed, 1, partial(_to, target))
+        for _ in range(2):
+            search.optimise(torch.zeros(1, dtype=torch.long), lambda step: None)
+    return Patch(search.masks[0], search.patterns[0])
+
+
+def _to(target: int, logits: Tensor, searches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """To one class, whatever the search."""
+    return _towards(logits, torch.full_like(searches, target), numbers)
 
 
 def _towards(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

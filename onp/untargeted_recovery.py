@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,17 @@ from torch import Tensor, nn
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.logits import logits_of
-from onp.trigger_recovery import MaskSearch, frozen
+from onp.trigger_recovery import MaskSearch, Patch, frozen
 
 
 @dataclass(frozen=True, eq=False)
-class UntargetedTrigger:
+class UntargetedTrigger(Patch):
     """The smallest mask with a pattern that makes clean images leave the class that the network gives them."""
 
-    mask: Tensor
-    """(1, height, width) in [0, 1]"""
-    pattern: Tensor
-    """(channels, height, width) in [0, 1]"""
     size: float
     """sum of the mask, in pixels; infinite where none worked"""
     moves: Tensor
     """(classes, classes), clean images by the class that the network gives them without and with the trigger"""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Apply to images of shape (n, channels, height, width) in [0, 1], the mask doubled as that of a class is."""
-        mask = (2 * self.mask).clamp(max=1)
-        return (1 - mask) * images + mask * self.pattern
 
     @property
     def spread(self) -> float:
@@ -87,9 +78,7 @@ def recover_untargeted_trigger(
         search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
     best = int(search.sizes.argmin())
     classes = data.num_classes
-    trigger = UntargetedTrigger(
-        search.masks[best], search.patterns[best], float(search.sizes[best]), torch.zeros(classes, classes)
-    )
-    after = logits_of(model, data.normalise(trigger(data.images))).argmax(1)
+    patch = Patch(search.masks[best], search.patterns[best])
+    after = logits_of(model, data.normalise(patch(data.images))).argmax(1)
     moves = (given * classes + after).bincount(minlength=classes**2).view(classes, classes).cpu()
-    return replace(trigger, moves=moves)
+    return UntargetedTrigger(patch.mask, patch.pattern, float(search.sizes[best]), moves)

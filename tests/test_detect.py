@@ -188,7 +188,9 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     assert code == 0, text
     record = json.loads((out / "bad-seed0.json").read_text())
     assert (record["backdoored"], record["target"], record["suspect"]) == (True, 2, 2)
-    assert record["overlap"] == 1 and record["samples"]["unlearned"] == {"auroc": 1.0, "tpr": 1.0}
+    assert record["patches"]["network"]["IoU"] == 1 and record["patches"]["network"]["success"] == 1
+    assert set(record["patches"]) == {"network", "unlearned"}
+    assert record["samples"]["unlearned"] == {"auroc": 1.0, "tpr": 1.0}
     assert "clean: 0 false alarms of 1" in text
     assert "evidence for 1 of 1, with the right class for 1" in text
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}

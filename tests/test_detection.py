@@ -15,16 +15,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier, runner_up
+from baselines_rnp.patch_recovery import recover_patches, success
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
 from onp.bench.calibrate import CalibrateConfig, fit_calibration, run_calibrate
-from onp.bench.detect import overlap, rates
-from onp.config import DetectionConfig, WarpRecoveryConfig
+from onp.bench.detect import rates
+from onp.bench.patches import cosine, overlap
+from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.errors import ConfigError, DataError, FileError, ModelError, OnpError
 from onp.samples import load_samples
 from onp.suspicious_units import suspicious_units
-from onp.trigger_recovery import RecoveredTrigger
+from onp.trigger_recovery import Patch, RecoveredTrigger
 from onp.units import index_units
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp, warp
@@ -301,9 +303,37 @@ def test_overlap_of_a_recovered_mask_with_the_true_one() -> None:
     true[:, :2, :2] = 0.5
     recovered[0, 0, :2, 1:3] = 0.8  # half of it inside
     recovered[0, 0, 7, 7] = 0.3  # less than half of the largest value: not counted
-    found = evidence((4.0, 40.0), (1.0, 1.0), (0.5, 0.5))
-    mask = RecoveredTrigger(0, recovered, torch.ones(1, 3, 8, 8), (4.0, 40.0))
-    found = replace(found, mask=mask)
+    found = Patch(recovered[0], torch.ones(3, 8, 8))
     assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), true), found) == pytest.approx(2 / 6)
     assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), torch.ones(3, 8, 8)), found) is None
     assert overlap(Trigger(0, "warp", torch.ones(2, 8, 8), torch.ones(2, 8, 8)), found) is None
+
+
+def test_the_cosine_compares_what_triggers_do_to_images() -> None:
+    """On black images: white in two pixels, against white in one of them and one other."""
+    data = DefenceData(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), 2)
+    mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    trigger = Trigger(0, "blend", torch.ones(1, 2, 2), mask, alpha=0.3)
+    assert cosine(trigger, Patch(mask / 9, torch.ones(1, 2, 2)), data) == pytest.approx(1), "however faint"
+    assert cosine(trigger, Patch(mask.mT.contiguous(), torch.ones(1, 2, 2)), data) == pytest.approx(0.5)
+    assert cosine(trigger, Patch(mask.flip(1), torch.ones(1, 2, 2)), data) == 0
+    white = replace(data, images=torch.full((4, 1, 2, 2), 0.5))
+    assert cosine(trigger, Patch(mask, torch.zeros(1, 2, 2)), white) == pytest.approx(-1), "black where white was"
+
+
+def test_through_the_unlearned_copy_the_trigger_is_all_there_is() -> None:
+    """Pixel 3 leads to class 1 in both; pixel 1 too, more, but in the network alone."""
+    network = linear(torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 9.0, 0.0, 6.0]]))
+    unlearned = linear(torch.tensor([[0.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 9.0]]), torch.tensor([0.5, 0.0]))
+    images = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 8 + [[0.0, 0.5, 0.0, 0.0]] * 8).view(16, 1, 2, 2)
+    data = DefenceData(images, (torch.arange(16) >= 8).long(), 2)
+    assert unlearned(images).argmax(1).tolist() == [1] * 8 + [0] * 8, "half of them are there without a trigger"
+    mask = RecoveredTrigger(1, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (4.0, 0.2))
+    given = replace(evidence((4.0, 0.2), (1.0, 1.0), (0.5, 0.5)), unlearned=unlearned, mask=mask)
+    patches = recover_patches(network, data, given, TriggerRecoveryConfig(steps=60), seed=0)
+    assert torch.equal(patches["network"].mask, mask.masks[0]), "that of the verdict"
+    assert patches["unlearned"].mask.flatten().argmax() == 3 and 0 < patches["unlearned"].mask.sum() < 1
+    assert success(network, data, patches["unlearned"], 1) == 1 and success(network, data, patches["unlearned"], 0) == 0
+    assert success(network, data, Patch(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)), None) == 0, "nothing leaves"
+    everyone = evidence((40.0, 36.0), (1.0, 1.0), (0.5, 0.5), untargeted(2.0, torch.eye(2).roll(1, 1)))
+    assert list(recover_patches(network, data, everyone, TriggerRecoveryConfig(), seed=0)) == ["network"]
