@@ -61,9 +61,9 @@ def recover_untargeted_trigger(
     seed: int,
     progress: Callable[[int], None] = lambda step: None,
 ) -> UntargetedTrigger:
-    """Optimise masks and patterns from several random starts side by side, and the smallest for as long again.
+    """Optimise masks and patterns from several random starts side by side, and the smallest twice for as long again.
 
-    With one start the search often ends at a trigger of one class, which nearly all images leave theirs for.
+    From one start alone the search often ends at a trigger of one class, which nearly all images leave theirs for.
     """
     given = logits_of(model.eval(), data.inputs).argmax(1)
 
@@ -75,7 +75,9 @@ def recover_untargeted_trigger(
     with frozen(model):
         search = MaskSearch(model, data, config, seed, config.starts, away)
         search.optimise(torch.arange(config.starts), progress)
-        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
+        finalists = search.sizes.argsort(stable=True)[: config.finalists].sort().values
+        for _ in range(2):
+            search.optimise(finalists, progress)
     best = int(search.sizes.argmin())
     classes = data.num_classes
     patch = Patch(search.masks[best], search.patterns[best])
