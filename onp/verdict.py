@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from baselines_rnp.label_detection import Evidence
+from baselines_rnp.patch_recovery import Source, success
 from baselines_rnp.sample_detection import unlearned_agreement
 from onp.checkpoints import sha256
 from onp.data import DefenceData
@@ -12,6 +14,7 @@ from onp.errors import ModelError
 from onp.inputs import Inputs
 from onp.samples import Samples
 from onp.suspicious_units import suspicious_units
+from onp.trigger_recovery import Patch
 from onp.units import index_units
 
 
@@ -41,12 +44,21 @@ def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None) -> dict[str, Any]:
+def make_record(
+    inputs: Inputs, data: DefenceData, evidence: Evidence, patches: Mapping[Source, Patch], samples: Samples | None
+) -> dict[str, Any]:
     """What `--json` holds."""
     config = inputs.config
     assert config.checkpoint is not None
     return {
         **make_verdict(inputs, evidence),
+        "recovered": {
+            source: {
+                "pixels": float(patch.mask.sum()),
+                "success": success(inputs.model, data, patch, evidence.suspect),
+            }
+            for source, patch in patches.items()
+        },
         "suspicious_units": _units(inputs, data, evidence) if evidence.found else [],
         "samples": _ranked(inputs, data, evidence, samples) if samples is not None else None,
         "model": config.model,

@@ -18,7 +18,7 @@ from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_
 from baselines_rnp.patch_recovery import recover_patches, success
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
-from onp.bench.calibrate import CalibrateConfig, fit_calibration, run_calibrate
+from onp.bench.calibrate import CalibrateConfig, fit_calibration, leave_one_out, run_calibrate
 from onp.bench.detect import rates
 from onp.bench.patches import cosine, overlap
 from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig
@@ -205,6 +205,15 @@ def test_the_fit_reaches_platts_targets() -> None:
     assert calibration(1.0) == pytest.approx(3 / 4, abs=1e-3)
     with pytest.raises(ConfigError, match="3 clean and 0 backdoored"):
         fit_calibration([clean] * 3)
+
+
+def test_leaving_one_out_counts_wrong_verdicts() -> None:
+    """A clean network like the backdoored ones and a backdoored one like the clean ones are taken for the others."""
+    clean, bad = {"backdoored": False, "strength": 0.0}, {"backdoored": True, "strength": 1.0}
+    assert leave_one_out([clean] * 3 + [bad] * 3) == {"false_alarms": 0, "misses": 0}
+    odd = [{**clean, "strength": 1.1}, {**bad, "strength": -0.1}, {**bad, "strength": -0.2}]
+    assert leave_one_out([clean] * 8 + [bad] * 8 + odd) == {"false_alarms": 1, "misses": 2}
+    assert leave_one_out([clean, bad]) == {"false_alarms": 0, "misses": 0}, "none can be left out"
 
 
 @pytest.mark.parametrize(("text", "error"), [("{", FileError), ("{}", ConfigError), ("[]", ConfigError)])

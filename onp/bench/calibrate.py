@@ -43,13 +43,14 @@ def run_calibrate(config: CalibrateConfig) -> None:
 
 
 def leave_one_out(records: list[dict[str, Any]]) -> dict[str, int]:
-    """Clean and backdoored networks with a wrong verdict from a fit to all others."""
-    wrong = [0, 0]
+    """Clean and backdoored networks with a wrong verdict from a fit to all others; the only one of a kind stays in."""
+    truth, wrong = [bool(record["backdoored"]) for record in records], [0, 0]
     for number, record in enumerate(records):
+        if truth.count(truth[number]) == 1:
+            continue
         fit = fit_calibration(records[:number] + records[number + 1 :])
         confidence = Calibration(fit["weight"], fit["intercept"])(record["strength"])
-        known = bool(record["backdoored"])
-        wrong[known] += known != (confidence >= LEAST_CONFIDENCE)
+        wrong[truth[number]] += truth[number] != (confidence >= LEAST_CONFIDENCE)
     return {"false_alarms": wrong[False], "misses": wrong[True]}
 
 
