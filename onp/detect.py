@@ -111,11 +111,15 @@ def show(record: dict[str, Any]) -> None:
     console.print(table)
     size = record["untargeted_mask"]
     if size is not None:
-        console.print(f"Every class to another: {size:.2f} pixels, spread {record['spread']:.2f}", highlight=False)
+        console.print(
+            f"Mask without a target: {size:.2f} pixels, spread {record['spread']:.2f} (1: every class to one of its own)",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     for source, found in record["recovered"].items():
         console.print(
             f"Mask recovered through {SOURCES[source]}: {found['pixels']:.2f} pixels, fools the network "
-            f"on {found['success']:.0%} of the clean images", highlight=False,
+            f"on {found['success']:.0%} of the clean images",
+            soft_wrap=True, highlight=False,
         )  # fmt: skip
     for sample in (record["samples"] or [])[:SHOWN]:
         console.print(
