@@ -112,7 +112,7 @@ def show(record: dict[str, Any]) -> None:
     size = record["untargeted_mask"]
     if size is not None:
         console.print(
-            f"Mask without a target: {size:.2f} pixels, spread {record['spread']:.2f} (1: each class to one of its own)",
+            f"Mask without a target: {size:.2f} pixels, spread {record['spread']:.2f} (1: each class to its own)",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for source, found in record["recovered"].items():
