@@ -269,7 +269,8 @@ class Purified:
 def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = None) -> Purified:
     """Purify `model` (left as it is) by ONP, from clean images alone.
 
-    Where nothing speaks for a backdoor, nothing is pruned, unless `config.always` says so.
+    Where there is no evidence of a backdoor, nothing is pruned, unless `config.always` says so. Raises `ModelError`
+    where the network is damaged, or knows too little for a verdict (not with `config.always`).
     """
     purification = Purification(copy.deepcopy(model), data, config or PurifyConfig())
     result = purification.run("onp")
