@@ -2,7 +2,8 @@
 
 RNP (arXiv 2305.14876, section 4) reads the class off the unlearned copy, which collapses to it. Alone that is no
 evidence, since the unlearned copy of a clean network collapses to a class too; so triggers of two families, masks
-with patterns and warps, are recovered for every class, and the confidence is calibrated on networks of known truth.
+with patterns and warps, are recovered for every class, and a mask that sends every class to one of its own, as an
+all-to-all attack does. The confidence is calibrated on networks of known truth.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from typing import Literal
 
@@ -21,15 +23,17 @@ from baselines_rnp.unlearn import unlearn
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
+from onp.journal import Journal
 from onp.logits import logits_of
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
+from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp
 
 LEAST_CONFIDENCE = 0.5
 """confidence from which the verdict is that there is evidence"""
 LEAST_SKILL = 0.2
 """accuracy from which a network can be judged: 0 is that of always giving the most frequent class, 1 is 100 %"""
-Family = Literal["mask", "warp"]
+Family = Literal["mask", "warp", "all-to-all"]
 
 
 @dataclass(frozen=True)
@@ -60,50 +64,85 @@ class Evidence:
     """per class, the fraction of clean images that the unlearned copy sends to it"""
     mask: RecoveredTrigger
     warp: RecoveredWarp
+    untargeted: UntargetedTrigger
     clean_accuracy: float
     """fraction of the clean images that the network classifies as labelled"""
 
     @property
     def outliers(self) -> dict[Family, float]:
-        """By family, how far its smallest trigger stands out (`outlier`)."""
+        """By family, how far its smallest trigger stands out (`outlier`): the untargeted mask from those of classes."""
         height, width = self.mask.masks.shape[2:]
         # A mask can cover the whole image; a warp by more than an eighth of its height is no hidden trigger. Where less
         # than a pixel (a twentieth, for a warp at 32 pixels) leads to a class, images are sent there without it.
         masks, warps = (1.0, float(height * width)), (height / 640, height / 8)
-        return {"mask": outlier(self.mask.sizes, *masks), "warp": outlier(self.warp.sizes, *warps)}
+        return {
+            "mask": outlier(min(self.mask.sizes), runner_up(self.mask.sizes), *masks),
+            "warp": outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *warps),
+            "all-to-all": outlier(self.untargeted.size, min(self.mask.sizes), *masks),
+        }
 
     @property
     def strengths(self) -> dict[Family, float]:
         """By family, the outlier; that of warps as far as the unlearned copy agrees with it.
 
         Clean networks too have a class that a far smaller warp leads to; but no unlearned copy that collapses to it.
+        The untargeted mask counts as far as it sends every class to one of its own.
         """
-        return {"mask": self.outliers["mask"], "warp": self.outliers["warp"] * self.agreement(self.warp.target)}
+        outliers = self.outliers
+        return {
+            "mask": outliers["mask"],
+            "warp": outliers["warp"] * self.agreement(self.warp.target),
+            "all-to-all": outliers["all-to-all"] * self.untargeted.spread,
+        }
 
     @property
     def strength(self) -> float:
-        """The larger strength."""
+        """The largest strength."""
         return max(self.strengths.values())
 
     @property
     def family(self) -> Family:
-        """The family that speaks louder."""
-        return "warp" if self.strengths["warp"] > self.strengths["mask"] else "mask"
+        """The family that speaks loudest."""
+        strengths = self.strengths
+        return max(strengths, key=lambda family: strengths[family])
 
     @property
-    def trigger(self) -> RecoveredTrigger | RecoveredWarp:
+    def trigger(self) -> RecoveredTrigger | RecoveredWarp | UntargetedTrigger:
         """Its smallest recovered trigger."""
+        if self.family == "all-to-all":
+            return self.untargeted
         return self.warp if self.family == "warp" else self.mask
+
+    @property
+    def suspect(self) -> int | None:
+        """The class that it leads to; None where there is no single one."""
+        trigger = self.trigger
+        return None if isinstance(trigger, UntargetedTrigger) else trigger.target
+
+    @cached_property
+    def confidence(self) -> float:
+        """Probability of a backdoor, if half of all networks had one."""
+        return Calibration.of_package()(self.strength)
+
+    @property
+    def found(self) -> bool:
+        """The verdict: whether there is evidence of a backdoor."""
+        return self.confidence >= LEAST_CONFIDENCE
 
     def agreement(self, target: int) -> float:
         """Clean images that the unlearned copy sends to class `target`, by those that its favourite class gets."""
         return self.collapse[target] / max(self.collapse)
 
 
-def outlier(sizes: tuple[float, ...], least: float, most: float) -> float:
-    """Log of the runner-up's size over the smallest, at least 0; sizes count as within `least` and `most`."""
-    first, second = (min(max(size, least), most) for size in sorted(sizes)[:2])
-    return math.log(second / first)
+def runner_up(sizes: tuple[float, ...]) -> float:
+    """The smallest size but one."""
+    return sorted(sizes)[1]
+
+
+def outlier(size: float, rival: float, least: float, most: float) -> float:
+    """Log of the rival's size over `size`, at least 0; both count as within `least` and `most`."""
+    first, second = (min(max(value, least), most) for value in (size, rival))
+    return max(math.log(second / first), 0.0)
 
 
 def find_evidence(
@@ -115,11 +154,56 @@ def find_evidence(
 ) -> Evidence:
     """Unlearn a copy and recover triggers of every class, from clean images alone; `model` stays as it is.
 
-    `progress` is called with what comes next. Raises `ModelError` where unlearning diverges, or where the network does
-    hardly better than always giving the same class: that class would look like a target.
+    `progress` is called with what comes next. Raises `ModelError` where unlearning diverges, and as `check_skill`.
     """
     model = model.eval().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-    accuracy = float((logits_of(model, data.inputs).argmax(1) == data.labels).float().mean())
+    check_skill(model, data)
+    progress("unlearning a copy")
+    unlearned = unlearn(model, data, config.unlearn, seed).model
+    progress("recovering masks and patterns")
+    mask = recover_trigger(model, data, config.recovery, seed)
+    return complete_evidence(model, data, config, seed, unlearned, mask, progress=progress)
+
+
+def complete_evidence(
+    model: nn.Module,
+    data: DefenceData,
+    config: DetectionConfig,
+    seed: int,
+    unlearned: nn.Module,
+    mask: RecoveredTrigger,
+    journal: Journal | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Evidence:
+    """Recover what is lacking where the unlearned copy and the masks of the classes are there already."""
+    journal, device = journal or Journal(), data.images.device
+    progress("recovering warps")
+    warp = journal.recall("warp", lambda: recover_warp(model, data, config.warp, seed).tensors())
+    progress("recovering a trigger without a target")
+    untargeted = journal.recall(
+        "untargeted", lambda: recover_untargeted_trigger(model, data, config.recovery, seed).tensors()
+    )
+    return Evidence(
+        unlearned,
+        collapse(unlearned, data),
+        mask,
+        RecoveredWarp.of_tensors(warp, device),
+        UntargetedTrigger.of_tensors(untargeted, device),
+        clean_accuracy(model, data),
+    )
+
+
+def clean_accuracy(model: nn.Module, data: DefenceData) -> float:
+    """Fraction of the clean images that `model` classifies as labelled."""
+    return float((logits_of(model, data.inputs).argmax(1) == data.labels).float().mean())
+
+
+def check_skill(model: nn.Module, data: DefenceData) -> None:
+    """Raise `ModelError` where the network does hardly better than always giving the same class.
+
+    That class would look like a target.
+    """
+    accuracy = clean_accuracy(model, data)
     same = float(data.labels.bincount().max()) / len(data)
     if accuracy - same < LEAST_SKILL * (1 - same):
         raise ModelError(
@@ -127,13 +211,6 @@ def find_evidence(
             f"{same:.0%} of them: there is nothing to judge; check --checkpoint, --mean, --std and the "
             "order of the classes"
         )
-    progress("unlearning a copy")
-    unlearned = unlearn(model, data, config.unlearn, seed).model
-    progress("recovering masks and patterns")
-    mask = recover_trigger(model, data, config.recovery, seed)
-    progress("recovering warps")
-    warp = recover_warp(model, data, config.warp, seed)
-    return Evidence(unlearned, collapse(unlearned, data), mask, warp, accuracy)
 
 
 def collapse(unlearned: nn.Module, data: DefenceData) -> tuple[float, ...]:

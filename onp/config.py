@@ -37,7 +37,7 @@ class TriggerRecoveryConfig:
     """Neural-Cleanse-style recovery of the trigger from clean images."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "finalists", "variants", "batch_size"):
+        for name in ("steps", "finalists", "variants", "starts", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
 
@@ -47,6 +47,8 @@ class TriggerRecoveryConfig:
     """classes with the smallest masks that are optimised for longer"""
     variants: int = 3
     """triggers of the suspect class at the most, on pixels that differ"""
+    starts: int = 6
+    """random starts of the search for a trigger without a target"""
     learning_rate: float = 0.4
     """step size of Adam, on the logits of mask and pattern"""
     batch_size: int = 16

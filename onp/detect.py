@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 
 from baselines_rnp.label_detection import find_evidence
+from baselines_rnp.patch_recovery import recover_patches
 from onp.checkpoints import write_atomically, write_json
 from onp.commands import console, run_command
 from onp.config import DetectionConfig
 from onp.errors import ConfigError
+from onp.images import picture_of
 from onp.inputs import InputConfig, open_inputs
 from onp.purification import check_network
 from onp.samples import load_samples
@@ -21,6 +24,8 @@ from onp.verdict import by_suspicion, headline, label, make_record
 
 EVIDENCE = 3
 """exit code where there is evidence of a backdoor"""
+SOURCES = {"network": "the network", "unlearned": "its unlearned copy"}
+"""what masks are recovered through, in words"""
 SHOWN = 10
 """classes and samples in the terminal"""
 
@@ -34,7 +39,9 @@ class DetectConfig(InputConfig):
     json: Path | None = None
     """file for verdict, scores per class and ranked samples"""
     html: Path | None = None
-    """file for a page with pictures: recovered trigger, class scores, suspicious units"""
+    """file for a page with pictures: recovered triggers, class scores, suspicious units"""
+    triggers: Path | None = None
+    """folder for masks and patterns, as PNG, recovered from the network and through its unlearned copy"""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """what is made from clean images to tell"""
 
@@ -47,6 +54,8 @@ def detect(config: DetectConfig) -> int:
     for path in (config.json, config.html):
         if path is not None and not _may_be_written(path):
             raise ConfigError(f"{path} cannot be written; give another file")
+    if config.triggers is not None and not _may_be_written(config.triggers / "mask.png"):
+        raise ConfigError(f"--triggers {config.triggers} is no folder that can be written to; give another")
     inputs = open_inputs(config)
     data = inputs.defence_data()
     check_network(inputs.model, data)
@@ -56,14 +65,21 @@ def detect(config: DetectConfig) -> int:
         samples = load_samples(config.samples, data.input_shape, resize)
     with console.status("") as status:
         evidence = find_evidence(inputs.model, data, config.detection, config.seed, lambda stage: status.update(stage))
-    record = make_record(inputs, data, evidence, samples)
+        status.update("recovering the trigger through the unlearned copy")
+        patches = recover_patches(inputs.model, data, evidence, config.detection.recovery, config.seed)
+    record = make_record(inputs, data, evidence, patches, samples)
     if config.json is not None:
         write_json(config.json, record)
     show(record)
+    if config.triggers is not None:
+        for source, patch in patches.items():
+            _save_picture(config.triggers / f"{source}_mask.png", patch.mask)
+            _save_picture(config.triggers / f"{source}_pattern.png", patch.pattern)
+        console.print(f"Recovered triggers: {config.triggers}", soft_wrap=True)
     if config.html is not None:
         from onp.detect_page import render  # draws, which a verdict does not need
 
-        page = render(record, inputs, data, evidence, samples)
+        page = render(record, inputs, data, evidence, patches, samples)
         write_atomically(config.html, lambda temporary: temporary.write_text(page))
         console.print(f"Page: {config.html}", soft_wrap=True)
     return EVIDENCE if record["verdict"] == "evidence" else 0
@@ -72,6 +88,11 @@ def detect(config: DetectConfig) -> int:
 def _may_be_written(path: Path) -> bool:
     nearest = next(parent for parent in path.parents if parent.exists())
     return not path.is_dir() and nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
+def _save_picture(path: Path, image: Tensor) -> None:
+    picture = picture_of(image)
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def show(record: dict[str, Any]) -> None:
@@ -88,6 +109,18 @@ def show(record: dict[str, Any]) -> None:
         sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("mask", "warp"))
         table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
+    size = record["untargeted_mask"]
+    if size is not None:
+        console.print(
+            f"Mask without a target: {size:.2f} pixels, spread {record['spread']:.2f} (1: each class to its own)",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    for source, found in record["recovered"].items():
+        console.print(
+            f"Mask recovered through {SOURCES[source]}: {found['pixels']:.2f} pixels, fools the network "
+            f"on {found['success']:.0%} of the clean images",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     for sample in (record["samples"] or [])[:SHOWN]:
         console.print(
             f"  {sample['score']:.3f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",

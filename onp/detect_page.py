@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-import torch
 from jinja2 import Environment
 from markupsafe import Markup
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from baselines_rnp.label_detection import Evidence
+from baselines_rnp.patch_recovery import Source
 from onp.data import DefenceData
 from onp.drawing import draw_graph
 from onp.errors import ModelError
 from onp.graph import build_graph, to_networkx
+from onp.images import picture_of
 from onp.inputs import Inputs
 from onp.logits import logits_of
 from onp.samples import Samples
+from onp.trigger_recovery import Patch
 from onp.units import index_units
 from onp.verdict import by_suspicion, headline
 
@@ -31,7 +33,12 @@ SAMPLES = 24
 
 
 def render(
-    record: dict[str, Any], inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None
+    record: dict[str, Any],
+    inputs: Inputs,
+    data: DefenceData,
+    evidence: Evidence,
+    patches: Mapping[Source, Patch],
+    samples: Samples | None,
 ) -> str:
     """The page as text, for a `record` of `onp.verdict.make_record`."""
     template = resources.files("onp").joinpath("templates", "detect.html").read_text()
@@ -44,10 +51,17 @@ def render(
         headline=headline(record),
         rows=rows,
         largest=largest,
-        suspect=names[record["suspect"]],
+        suspect=names[record["suspect"]] if record["suspect"] is not None else None,
         examples=_examples(inputs, data, evidence, names),
-        mask=_picture(evidence.mask.masks[0]) if evidence.family == "mask" else None,
-        pattern=_picture(evidence.mask.patterns[0] * evidence.mask.masks[0]) if evidence.family == "mask" else None,
+        patches=[
+            {
+                **record["recovered"][source],
+                "source": source,
+                "mask": _picture(patch.mask),
+                "pattern": _picture(patch.pattern * patch.mask),
+            }
+            for source, patch in patches.items()
+        ],
         graph=_graph(inputs, data, evidence, record["suspicious_units"]) if found else None,
         samples=_thumbnails(record, samples),
     )  # fmt: skip
@@ -55,7 +69,7 @@ def render(
 
 def _examples(inputs: Inputs, data: DefenceData, evidence: Evidence, names: list[str]) -> list[dict[str, Any]]:
     """Clean images of several other classes, without and with the recovered trigger, and what the network says."""
-    others = (data.labels != evidence.trigger.target).nonzero().flatten()[:EXAMPLES]
+    others = [number for number, label in enumerate(data.labels.tolist()) if label != evidence.suspect][:EXAMPLES]
     clean = data.images[others]
     triggered = evidence.trigger(clean)
     said = [logits_of(inputs.model, data.normalise(images)).softmax(1).max(1) for images in (clean, triggered)]
@@ -94,7 +108,7 @@ def _graph(inputs: Inputs, data: DefenceData, evidence: Evidence, units: list[st
 def _picture(image: Tensor) -> Markup:
     """A data URI of an image of shape (channels, height, width) in [0, 1]."""
     file = io.BytesIO()
-    to_pil_image(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)).save(file, "PNG")
+    picture_of(image).save(file, "PNG")
     return _uri(file.getvalue())
 
 

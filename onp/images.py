@@ -1,4 +1,7 @@
-"""Opening image files that may come from a stranger: a few formats, 8 bits a channel, no more pixels than fit."""
+"""Image files: opening those that may come from a stranger, and what tensors look like.
+
+Opened are a few formats, 8 bits a channel, no more pixels than fit.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from onp.errors import DataError
 
@@ -27,6 +33,12 @@ def read_image(path: Path) -> Image.Image:
     """An image file as RGB; raises `DataError` where it is damaged or would not become 8-bit RGB without loss."""
     with _opened(path) as image:
         return image.convert("RGB")
+
+
+def picture_of(image: Tensor) -> Image.Image:
+    """An image of shape (channels, height, width) in [0, 1], with one channel or three."""
+    picture: Image.Image = to_pil_image(image.detach().cpu().clamp(0, 1).mul(255).round().to(torch.uint8))
+    return picture
 
 
 @contextmanager

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from agents.policy import blank_policy
 from agents.ppo import LearningCurve, build_agent, roll_out, train_agent
 from agents.search import SEARCHES
+from baselines_rnp.label_detection import Evidence, check_skill, complete_evidence
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
 from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
 from onp.checkpoints import load_checkpoint, plain_weights
-from onp.config import AgentConfig, EnvConfig
+from onp.config import AgentConfig, DetectionConfig, EnvConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
 from onp.errors import ConfigError, DataError, ModelError
@@ -38,7 +39,7 @@ METHODS = ("rnp", "random", "ranked", "greedy", "onp")
 """defences, in the order of the table"""
 Progress = Callable[[str, int, int], None]
 """called with a method, reward evaluations used, and the budget"""
-NO_EVIDENCE = "no evidence of a backdoor: left alone (a warp leaves none; --always prunes regardless)"
+NO_EVIDENCE = "no evidence of a backdoor: left alone (--always prunes regardless)"
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ class PurifyConfig:
     finalists: int = 16
     """best masks on the search half of the defence data that compete on the held-out half for being the final one"""
     always: bool = False
-    """prune even where no evidence of a backdoor is found: no class whose recovered trigger is far smaller than all
-    others"""
+    """prune even where no evidence of a backdoor is found (the verdict of onp.detect)"""
     policy: Path | None = None
     """policy.safetensors of another run, of any network, for the agent to start from"""
     env: EnvConfig = field(default_factory=EnvConfig)
     """environment and reward"""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """policy and PPO"""
+    warp: WarpRecoveryConfig = field(default_factory=WarpRecoveryConfig)
+    """how a warp is recovered for every class, for the verdict"""
     rnp: RNPConfig = field(default_factory=RNPConfig)
     """the RNP baseline"""
 
@@ -82,7 +84,7 @@ class MethodResult:
     """None where the method cannot be applied; `note` says why"""
     reward_evaluations: int = 0
     seconds: float = 0.0
-    """wall time, including what the methods share (unlearned copy, recovered trigger) for each that uses it"""
+    """wall time, including what the methods share (unlearned copy, recovered triggers) for each that uses it"""
     note: str = ""
     curve: LearningCurve | None = None
     agent: PPO | None = None
@@ -120,8 +122,9 @@ class Purification:
         What the network makes of a few images stands for the code of its `forward`.
         """
         data, config = self.data, self.config
-        settings = config.seed, config.env, config.rnp, data.num_classes, data.normalise, str(data.images.device)
-        about = (str(self.model), settings, version("onp"), torch.__version__, torch.get_num_threads())
+        settings = config.seed, config.env, config.warp, config.rnp
+        images = data.num_classes, data.normalise, str(data.images.device)
+        about = (str(self.model), settings, images, version("onp"), torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
         with torch.no_grad():
             logits = self.model(data.inputs[:8])
@@ -141,19 +144,35 @@ class Purification:
         clues = find_clues(self.model, self.data, self.config.env, self.config.seed, journal)
         return clues, time.perf_counter() - start + journal.seconds
 
+    @cached_property
+    def timed_evidence(self) -> tuple[Evidence, float]:
+        """What the clues and further recovered triggers say about a backdoor, and the seconds that all of it took.
+
+        Raises `ModelError` where there is nothing to judge, but with `config.always`.
+        """
+        if not self.config.always:
+            check_skill(self.model, self.data)
+        clues, seconds = self.timed_clues
+        start, journal, config = time.perf_counter(), self._journal("clues"), self.config
+        detection = DetectionConfig(config.env.unlearn, config.env.recovery, config.warp)
+        evidence = complete_evidence(
+            self.model, self.data, detection, config.seed, clues.unlearned, clues.trigger, journal
+        )
+        return evidence, seconds + time.perf_counter() - start + journal.seconds
+
     @property
     def left_alone(self) -> bool:
         """Whether nothing is pruned, since nothing speaks for a backdoor."""
-        return not self.config.always and not self.timed_clues[0].trigger.is_evidence
+        return not self.config.always and not self.timed_evidence[0].found
 
     def run(self, method: str, progress: Progress = lambda method, used, budget: None) -> MethodResult:
         """Run one of `METHODS`. Where nothing speaks for a backdoor, ONP keeps every unit and no other is run."""
         if self.left_alone:
             mask = KeepMask.all_kept(self.index) if method == "onp" else None
-            return MethodResult(method, mask, seconds=self.timed_clues[1], note=NO_EVIDENCE)
+            return MethodResult(method, mask, seconds=self.timed_evidence[1], note=NO_EVIDENCE)
         if method == "rnp":
             return self._run_rnp()
-        clues, shared_seconds = self.timed_clues
+        clues, shared_seconds = self.timed_clues[0], self.timed_evidence[1]
         start, journal = time.perf_counter(), self._journal(method)
         env = PruningEnv(
             self.model, self.search_data, self.config.env, clues, index=self.index, cache=self.cache, journal=journal
@@ -237,19 +256,19 @@ class Purified:
     model: nn.Module
     mask: KeepMask
     evidence: bool
-    """whether a recovered trigger speaks for a backdoor"""
+    """whether there is evidence of a backdoor: the verdict of `onp.detect`"""
     results: Mapping[str, MethodResult]
 
 
 def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = None) -> Purified:
     """Purify `model` (left as it is) by ONP, from clean images alone.
 
-    Where nothing speaks for a backdoor, nothing is pruned, unless `config.always` says so.
+    Where there is no evidence of a backdoor, nothing is pruned, unless `config.always` says so. Raises `ModelError`
+    where the network is damaged, or knows too little for a verdict (not with `config.always`).
     """
     purification = Purification(copy.deepcopy(model), data, config or PurifyConfig())
     result = purification.run("onp")
     assert result.mask is not None
     purified = copy.deepcopy(model).eval()
     apply_mask(purified, result.mask)
-    evidence = purification.timed_clues[0].trigger.is_evidence
-    return Purified(purified, result.mask, evidence, {"onp": result})
+    return Purified(purified, result.mask, purification.timed_evidence[0].found, {"onp": result})

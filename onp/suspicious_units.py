@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from onp.data import DefenceData
 from onp.engine import Engine
+from onp.logits import logits_of
 from onp.masks import KeepMask
 from onp.units import UnitIndex
 
@@ -18,20 +19,24 @@ def suspicious_units(
     index: UnitIndex,
     data: DefenceData,
     trigger: Callable[[Tensor], Tensor],
-    target: int,
+    target: int | None,
     most: int = 12,
     images: int = 100,
 ) -> list[int]:
     """Up to `most` units whose pruning lowers the log-odds of `target` on triggered clean images, the strongest first.
 
-    Estimated to first order, on `images` images of other classes (of the target where there are no others).
+    Without a target, the log-odds of any class but the one that an image has without the trigger. Estimated to first
+    order, on `images` images of other classes (of the target where there are no others).
     """
-    others = data.images[data.labels != target]
+    others = data.images[data.labels != target] if target is not None else data.images
     shown = (others if len(others) else data.images)[:images]
+    classes = torch.arange(data.num_classes, device=shown.device)
+    given = logits_of(model.eval(), data.normalise(shown)).argmax(1, keepdim=True)
+    goal = classes == target if target is not None else classes != given
 
     def log_odds(logits: Tensor) -> Tensor:
-        rest = torch.arange(logits.shape[1], device=logits.device) != target
-        return (logits[:, target] - logits[:, rest].logsumexp(1)).sum()
+        inside, outside = (logits.masked_fill(place, -torch.inf).logsumexp(1) for place in (~goal, goal))
+        return (inside - outside).sum()
 
     engine = Engine(model, index, data.normalise(trigger(shown)))
     effects = engine.effects(KeepMask.all_kept(index), log_odds).sum(0)

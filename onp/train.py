@@ -6,9 +6,7 @@ import copy
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, isfinite
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -22,7 +20,7 @@ from onp.masks import apply_mask
 from onp.purification import METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
-from onp.trigger_recovery import LEAST_TRUST
+from onp.verdict import headline, make_verdict
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
     folder.bind(purification.subject)
     purification.log_dir, purification.journal_dir = folder.file("tensorboard"), journal_dir or folder.journal_dir
     print_untraced(purification.index, console)
-    _defend(folder, purification, console)
+    _defend(folder, inputs, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
     write_report(folder, judge, purification.index, rows, _facts(inputs, judge, folder, purification))
@@ -100,7 +98,7 @@ def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs, 
     return open_inputs(patient(config, folder))
 
 
-def _defend(folder: RunFolder, purification: Purification, console: Console) -> None:
+def _defend(folder: RunFolder, inputs: Inputs, purification: Purification, console: Console) -> None:
     """Run every method that has no result yet, and write the purified network."""
     columns = (
         TextColumn("{task.description:<18}"),
@@ -112,16 +110,11 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
         pending = [method for method in METHODS if not folder.has(method)]
         if pending:
             task = progress.add_task("finding clues", total=1)
-            trigger = purification.timed_clues[0].trigger
-            clues = {
-                "evidence": trigger.is_evidence,
-                "suspect_class": trigger.target,
-                "trust": trigger.trust,
-                "trigger_sizes": [size if isfinite(size) else None for size in trigger.sizes],
-            }
+            evidence, _ = purification.timed_evidence
+            clues = {**make_verdict(inputs, evidence), "trust_in_mask": evidence.mask.trust}
             write_json(folder.file("clues.json"), clues)
             progress.update(task, completed=1)
-            console.print(_verdict(clues), soft_wrap=True)
+            console.print(headline(clues), soft_wrap=True, highlight=False)
         for method in pending:
             if purification.left_alone:
                 folder.save(purification.run(method))
@@ -136,18 +129,6 @@ def _defend(folder: RunFolder, purification: Purification, console: Console) -> 
     apply_mask(purified, result.mask)
     save_weights(purified, folder.file("purified.safetensors"))
     shutil.rmtree(folder.journal_dir, ignore_errors=True)
-
-
-def _verdict(clues: dict[str, Any]) -> str:
-    first, second = sorted(size if size is not None else inf for size in clues["trigger_sizes"])[:2]
-    if not isfinite(first):
-        return "No evidence of a backdoor: no trigger of any class was recovered."
-    found = "Evidence" if clues["evidence"] else "No evidence"
-    rival = f"{second:.1f}" if isfinite(second) else "the whole image"
-    return (
-        f"{found} of a backdoor: the smallest recovered trigger, to class {clues['suspect_class']}, covers {first:.1f} "
-        f"pixels, that of the next class {rival} (trust {clues['trust']:.2f}; evidence from {LEAST_TRUST})."
-    )
 
 
 def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: int) -> None:
@@ -168,9 +149,11 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
         "test_images": len(labels),
         "triggered_images": sum(label != target for label in labels) if target is not None else 0,
         "units": len(purification.index),
-        "evidence_of_a_backdoor": clues["evidence"],
-        "suspect_class": clues["suspect_class"],
-        "trust_in_suspect_class": clues["trust"],
+        "evidence_of_a_backdoor": clues["verdict"] == "evidence",
+        "probability_of_a_backdoor": clues["confidence"],
+        "suspect_class": clues["suspect"],
+        "kind_of_trigger": clues["kind"],
+        "trust_in_recovered_mask": clues["trust_in_mask"],
         "seed": config.seed,
         "device": config.device,
         "threads": config.threads,

@@ -2,7 +2,7 @@
 
 For every class, the smallest mask and a pattern that send clean images to that class are optimised. A backdoor's
 target class needs a far smaller mask than any other. A recovered trigger is evidence, not the trigger itself, and no
-model of a warp: `trust` says how far the smallest mask stands out.
+model of a warp: `trust` says how far the smallest mask stands out, and so how far the reward goes by it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,26 @@ from torch.nn import functional as F
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 
-LEAST_TRUST = 0.5
-"""trust from which a recovered trigger counts as evidence: the runner-up's mask is half as large again"""
+Aim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""loss and success, (n,) each, of logits (n, classes), given what is searched for and the images' numbers, (n,) each"""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A recovered mask with a pattern."""
+
+    mask: Tensor
+    """(1, height, width) in [0, 1]"""
+    pattern: Tensor
+    """(channels, height, width) in [0, 1]"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Apply to images of shape (n, channels, height, width) in [0, 1], with the mask doubled.
+
+        A recovered mask is the least that works, and fails as soon as the network changes; an attacker's does not.
+        """
+        mask = (2 * self.mask).clamp(max=1)
+        return (1 - mask) * images + mask * self.pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +55,15 @@ class RecoveredTrigger:
     """per class, the sum of its smallest mask, in pixels; infinite where no mask worked"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], with masks doubled.
-
-        A recovered mask is the least that works, and fails as soon as the network changes; an attacker's does not.
-        """
+        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], as a `Patch` is."""
         turn = torch.arange(len(images), device=images.device) % len(self.masks)
         masks = (2 * self.masks[turn]).clamp(max=1)
         return (1 - masks) * images + masks * self.patterns[turn]
+
+    @property
+    def patch(self) -> Patch:
+        """The smallest variant."""
+        return Patch(self.masks[0], self.patterns[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""
@@ -64,11 +85,6 @@ class RecoveredTrigger:
         """
         first, second = (min(size, self.masks[0].numel()) for size in sorted(self.sizes)[:2])
         return min(max(second / first - 1, 0.0), 1.0) if first > 0 else 0.0
-
-    @property
-    def is_evidence(self) -> bool:
-        """Whether it speaks for a backdoor."""
-        return self.trust >= LEAST_TRUST
 
 
 @contextmanager
@@ -97,7 +113,7 @@ def recover_trigger(
     optimised again on pixels not used yet, as long as its mask stays below the runner-up's.
     """
     with frozen(model):
-        search = _Search(model, data, config, seed)
+        search = MaskSearch(model, data, config, seed, data.num_classes, _towards)
         search.optimise(torch.arange(data.num_classes), progress)
         search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
         sizes = tuple(search.sizes.tolist())
@@ -113,22 +129,46 @@ def recover_trigger(
     return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes)
 
 
-class _Search:
-    """Smallest working masks so far, and where their optimisation stands, class by class."""
+def recover_patch(model: nn.Module, data: DefenceData, target: int, config: TriggerRecoveryConfig, seed: int) -> Patch:
+    """Optimise mask and pattern of one class alone, for as long as a finalist's; a mask of 0 where none worked."""
+    with frozen(model):
+        search = MaskSearch(model, data, config, seed, 1, partial(_to, target))
+        for _ in range(2):
+            search.optimise(torch.zeros(1, dtype=torch.long), lambda step: None)
+    return Patch(search.masks[0], search.patterns[0])
 
-    def __init__(self, model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int) -> None:
-        self.model, self.data, self.config = model, data, config
+
+def _to(target: int, logits: Tensor, searches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """To one class, whatever the search."""
+    return _towards(logits, torch.full_like(searches, target), numbers)
+
+
+def _towards(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """To the class that is searched for."""
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
+
+
+class MaskSearch:
+    """Smallest working masks so far, and where their optimisation stands; of `count` searches, one a class as a rule.
+
+    `aim` says what a mask works for.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int, count: int, aim: Aim
+    ) -> None:
+        self.model, self.data, self.config, self.aim = model, data, config, aim
         self.generator = torch.Generator().manual_seed(seed)
-        classes, (channels, height, width), device = data.num_classes, data.input_shape, data.images.device
-        self.mask_logits = torch.zeros(classes, 1, height, width, device=device)
-        self.pattern_logits = torch.zeros(classes, channels, height, width, device=device)
+        (channels, height, width), device = data.input_shape, data.images.device
+        self.mask_logits = torch.zeros(count, 1, height, width, device=device)
+        self.pattern_logits = torch.zeros(count, channels, height, width, device=device)
         self.masks, self.patterns = self.mask_logits.sigmoid(), self.pattern_logits.sigmoid()
-        self.weights, self.success, self.sizes = torch.zeros(3, classes, device=device)
-        for number in range(classes):
+        self.weights, self.success, self.sizes = torch.zeros(3, count, device=device)
+        for number in range(count):
             self.restart(number)
 
     def restart(self, number: int, taken: Tensor | None = None) -> None:
-        """Forget what is known of class `number`; from now on it keeps off the pixels `taken`, (1, height, width)."""
+        """Forget what is known of search `number`; from now on it keeps off the pixels `taken`, (1, height, width)."""
         # Half of every pixel is covered at first: shrinking keeps scattered pixels that growing would not find.
         for logits in (self.mask_logits, self.pattern_logits):
             logits[number] = 0.1 * torch.randn(logits[number].shape, generator=self.generator).to(logits.device)
@@ -154,12 +194,14 @@ class _Search:
             triggered = (1 - masks)[:, None] * data.images[chosen] + (masks * patterns)[:, None]
             inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
             logits = self.model(inputs)
-            losses = F.cross_entropy(logits, targets, reduction="none").view(len(classes), batch).mean(1)
+            losses, hits = (
+                values.float().view(len(classes), batch).mean(1)
+                for values in self.aim(logits, targets, chosen.repeat(len(classes)))
+            )
             sizes = masks.sum((1, 2, 3))
             optimizer.zero_grad()
             (losses + self.weights[classes] * sizes).sum().backward()
             optimizer.step()
-            hits = (logits.argmax(1) == targets).float().view(len(classes), batch).mean(1)
             self._record(classes, masks.detach(), patterns.detach(), sizes.detach(), hits, step)
         self.mask_logits[classes], self.pattern_logits[classes] = mask_logits.detach(), pattern_logits.detach()
 

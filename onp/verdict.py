@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidence
+from baselines_rnp.label_detection import Evidence
+from baselines_rnp.patch_recovery import Source, success
 from baselines_rnp.sample_detection import unlearned_agreement
 from onp.checkpoints import sha256
 from onp.data import DefenceData
@@ -12,25 +14,25 @@ from onp.errors import ModelError
 from onp.inputs import Inputs
 from onp.samples import Samples
 from onp.suspicious_units import suspicious_units
+from onp.trigger_recovery import Patch
 from onp.units import index_units
 
 
-def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples | None) -> dict[str, Any]:
-    """What `--json` holds."""
-    confidence = Calibration.of_package()(evidence.strength)
-    found = confidence >= LEAST_CONFIDENCE
-    config = inputs.config
-    assert config.checkpoint is not None
+def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
+    """What the evidence says: verdict, target (None: none, or no single one), confidence, scores per class."""
     named = getattr(inputs.dataset("train"), "classes", None) or []
     names = [*named, *range(len(named), inputs.classes)]
+    suspect = evidence.suspect
     return {
-        "verdict": "evidence" if found else "none",
-        "target": evidence.trigger.target if found else None,
-        "confidence": confidence,
-        "suspect": evidence.trigger.target,
+        "verdict": "evidence" if evidence.found else "none",
+        "target": suspect if evidence.found else None,
+        "confidence": evidence.confidence,
+        "suspect": suspect,
         "kind": evidence.family,
         "outliers": evidence.outliers,
-        "agreement": evidence.agreement(evidence.trigger.target),
+        "agreement": evidence.agreement(suspect) if suspect is not None else None,
+        "untargeted_mask": finite(evidence.untargeted.size),
+        "spread": evidence.untargeted.spread,
         "strength": evidence.strength,
         "clean_accuracy": evidence.clean_accuracy,
         "classes": [
@@ -39,7 +41,25 @@ def make_record(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: 
                 zip(names, evidence.mask.sizes, evidence.warp.sizes, evidence.collapse, strict=True)
             )
         ],
-        "suspicious_units": _units(inputs, data, evidence) if found else [],
+    }
+
+
+def make_record(
+    inputs: Inputs, data: DefenceData, evidence: Evidence, patches: Mapping[Source, Patch], samples: Samples | None
+) -> dict[str, Any]:
+    """What `--json` holds."""
+    config = inputs.config
+    assert config.checkpoint is not None
+    return {
+        **make_verdict(inputs, evidence),
+        "recovered": {
+            source: {
+                "pixels": float(patch.mask.sum()),
+                "success": success(inputs.model, data, patch, evidence.suspect),
+            }
+            for source, patch in patches.items()
+        },
+        "suspicious_units": _units(inputs, data, evidence) if evidence.found else [],
         "samples": _ranked(inputs, data, evidence, samples) if samples is not None else None,
         "model": config.model,
         "checkpoint": config.checkpoint.name,
@@ -60,8 +80,8 @@ def _units(inputs: Inputs, data: DefenceData, evidence: Evidence) -> list[str]:
         index = index_units(inputs.model, data.input_shape)
     except ModelError:
         return []
-    trigger = evidence.trigger
-    return [index.name(unit) for unit in suspicious_units(inputs.model, index, data, trigger, trigger.target)]
+    units = suspicious_units(inputs.model, index, data, evidence.trigger, evidence.suspect)
+    return [index.name(unit) for unit in units]
 
 
 def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples) -> list[dict[str, Any]]:
@@ -81,15 +101,18 @@ def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samp
 
 
 def by_suspicion(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Classes, that with the smallest trigger of the telling kind first."""
-    return sorted(record["classes"], key=lambda row: (row[record["kind"]] is None, row[record["kind"]]))
+    """Classes, that with the smallest trigger of the telling kind first; masks, where no class is the target."""
+    kind = "warp" if record["kind"] == "warp" else "mask"
+    return sorted(record["classes"], key=lambda row: (row[kind] is None, row[kind]))
 
 
 def headline(record: dict[str, Any]) -> str:
     """The verdict in one sentence."""
     confidence = f"probability of a backdoor {record['confidence']:.2f}"
     if record["verdict"] == "none":
-        return f"No evidence of a backdoor ({confidence}). That is no proof: all-to-all attacks leave none here."
+        return f"No evidence of a backdoor ({confidence}). That is no proof that there is none."
+    if record["target"] is None:
+        return f"Evidence of an all-to-all backdoor: a mask that sends every class to another ({confidence})."
     suspect = label(record["classes"][record["target"]])
     return f"Evidence of a backdoor towards class {suspect}, by a {record['kind']} ({confidence})."
 

@@ -33,6 +33,16 @@ class RecoveredWarp:
         """Warp images of shape (n, channels, height, width)."""
         return warp(images, self.flow.expand(len(images), *self.flow.shape))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors on the CPU, for keeping."""
+        return {"flow": self.flow.cpu(), "sizes": torch.tensor(self.sizes, dtype=torch.float64)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredWarp:
+        """The inverse of `tensors`."""
+        sizes = tensors["sizes"]
+        return cls(int(sizes.argmin()), tensors["flow"].to(device), tuple(sizes.tolist()))
+
 
 def warp(images: Tensor, flows: Tensor) -> Tensor:
     """Bilinear samples of each image at its pixels plus its flow; (n, channels, h, w) and (n, 2, h, w), in pixels."""

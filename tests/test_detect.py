@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from onp.bench import __main__ as bench
 from onp.commands import run_command
 from onp.detect import DetectConfig, detect
+from onp.images import read_image
 
 NETWORK = """
 from torch import nn
@@ -119,13 +121,20 @@ class Page(HTMLParser):
 
 def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -> None:
     record_file, page_file = folder / "out" / "bad.json", folder / "out" / "bad.html"
-    code, out = run(folder, "--json", f"{record_file}", "--html", f"{page_file}", "--samples", f"{folder}/samples")
+    files = ("--json", f"{record_file}", "--html", f"{page_file}", "--triggers", f"{folder}/out/triggers")
+    code, out = run(folder, *files, "--samples", f"{folder}/samples")
     assert code == 3 and "Evidence of a backdoor towards class 2 (<i>2), by a mask" in out
     record = json.loads(record_file.read_text())
     assert (record["verdict"], record["target"]) == ("evidence", 2) and record["confidence"] >= 0.5
     sizes = [row["mask"] for row in record["classes"]]
     assert sizes[2] < 1 < min(sizes[:2]), "one pixel is enough"
     assert sum(row["collapse"] for row in record["classes"]) == pytest.approx(1)
+    assert record["recovered"]["network"]["success"] == 1 and record["recovered"]["network"]["pixels"] == sizes[2]
+    saved = {path.name: np.asarray(read_image(path))[..., 0] for path in (folder / "out" / "triggers").iterdir()}
+    assert set(saved) == {f"{source}_{what}.png" for source in ("network", "unlearned") for what in ("mask", "pattern")}
+    for source in ("network", "unlearned"):
+        mask = saved[f"{source}_mask.png"] / 255
+        assert mask.argmax() == 63 and mask.sum() == pytest.approx(record["recovered"][source]["pixels"], abs=0.1)
     scores = {Path(sample["path"]).name: sample["score"] for sample in record["samples"]}
     assert len(scores) == 8 and list(scores.values()) == sorted(scores.values(), reverse=True)
     assert [name.startswith("triggered") for name in scores] == [True] * 4 + [False] * 4
@@ -133,6 +142,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     page = Page(page_file.read_text())
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "script" not in page.tags and "i" not in page.tags, "class names are text"
+    assert "From the network (Neural Cleanse)" in page.text and "Through the unlearned copy (RNP)" in page.text
     assert "<i>2" in page.text and record["checkpoint_sha256"] in page.text
     assert not re.search(r"url\(|@import", page_file.read_text())
 
@@ -158,6 +168,7 @@ def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Pa
     ("options", "expected"),
     [
         (("--samples", "nowhere"), "no images found"),
+        (("--triggers", __file__), "is no folder that can be written to"),
         (("--checkpoint", "nowhere.pth"), "nowhere.pth"),
         (("--detection.warp.steps", "0"), "steps 0: expected at least 1"),
     ],
@@ -188,7 +199,9 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     assert code == 0, text
     record = json.loads((out / "bad-seed0.json").read_text())
     assert (record["backdoored"], record["target"], record["suspect"]) == (True, 2, 2)
-    assert record["overlap"] == 1 and record["samples"]["unlearned"] == {"auroc": 1.0, "tpr": 1.0}
+    assert record["patches"]["network"]["IoU"] == 1 and record["patches"]["network"]["success"] == 1
+    assert set(record["patches"]) == {"network", "unlearned"}
+    assert record["samples"]["unlearned"] == {"auroc": 1.0, "tpr": 1.0}
     assert "clean: 0 false alarms of 1" in text
     assert "evidence for 1 of 1, with the right class for 1" in text
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -198,5 +211,5 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     code, text = call(bench.main, *arguments, "--detection.warp.steps", "9")
     assert code == 2 and "of another network or other options" in text
     code, text = call(bench.main, "onp.bench", "calibrate", "--records", f"{out}", "--out", f"{tmp_path}/fit.json")
-    assert code == 0 and "1 clean and 1 backdoored networks" in text
+    assert code == 0 and "1 clean and 1 backdoored networks; 0 and 0 are taken" in text
     assert json.loads((tmp_path / "fit.json").read_text())["networks"] == ["bad-seed0", "clean-seed0"]

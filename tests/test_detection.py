@@ -14,18 +14,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier
+from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier, runner_up
+from baselines_rnp.patch_recovery import recover_patches, success
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
-from onp.bench.calibrate import CalibrateConfig, fit_calibration, run_calibrate
-from onp.bench.detect import overlap, rates
-from onp.config import DetectionConfig, WarpRecoveryConfig
+from onp.bench.calibrate import CalibrateConfig, fit_calibration, leave_one_out, run_calibrate
+from onp.bench.detect import rates
+from onp.bench.patches import cosine, overlap
+from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.errors import ConfigError, DataError, FileError, ModelError, OnpError
 from onp.samples import load_samples
 from onp.suspicious_units import suspicious_units
-from onp.trigger_recovery import RecoveredTrigger
+from onp.trigger_recovery import Patch, RecoveredTrigger
 from onp.units import index_units
+from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp, warp
 
 
@@ -73,18 +76,28 @@ def test_the_class_behind_the_smallest_warp_is_found() -> None:
 # --- labels ---------------------------------------------------------------------------------------------------
 
 
-def evidence(masks: tuple[float, ...], warps: tuple[float, ...], shares: tuple[float, ...]) -> Evidence:
+def untargeted(size: float, moves: Tensor) -> UntargetedTrigger:
+    return UntargetedTrigger(torch.ones(1, 8, 8), torch.ones(3, 8, 8), size, moves)
+
+
+def evidence(
+    masks: tuple[float, ...],
+    warps: tuple[float, ...],
+    shares: tuple[float, ...],
+    everyone: UntargetedTrigger | None = None,
+) -> Evidence:
     mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
-    return Evidence(
-        nn.Identity(), shares, mask, RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps), 1.0
-    )
+    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps)
+    return Evidence(nn.Identity(), shares, mask, warp, everyone or untargeted(math.inf, torch.zeros(3, 3)), 1.0)
 
 
-def test_an_outlier_is_the_log_of_the_runner_up_over_the_smallest() -> None:
-    assert outlier((8.0, 2.0, 6.0), 1, 64) == pytest.approx(math.log(3))
-    assert outlier((2.0, math.inf, math.inf), 1, 4) == pytest.approx(math.log(2)), "bounded by the most"
-    assert outlier((9.0, math.inf), 1, 4) == 0 and outlier((math.inf, math.inf), 1, 4) == 0
-    assert outlier((1e-8, 3.0), 1, 4) == pytest.approx(math.log(3)), "bounded by the least"
+def test_an_outlier_is_the_log_of_the_rival_over_the_size() -> None:
+    assert runner_up((8.0, 2.0, 6.0)) == 6
+    assert outlier(2.0, 6.0, 1, 64) == pytest.approx(math.log(3))
+    assert outlier(2.0, math.inf, 1, 4) == pytest.approx(math.log(2)), "bounded by the most"
+    assert outlier(9.0, math.inf, 1, 4) == 0 and outlier(math.inf, math.inf, 1, 4) == 0
+    assert outlier(1e-8, 3.0, 1, 4) == pytest.approx(math.log(3)), "bounded by the least"
+    assert outlier(6.0, 2.0, 1, 64) == 0, "what is larger does not stand out"
 
 
 def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
@@ -98,6 +111,66 @@ def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
     assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy collapses there"
     far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
+
+
+def test_a_mask_that_sends_every_class_to_one_of_its_own_is_all_to_all() -> None:
+    sizes = (40.0, 36.0, 40.0), (0.8, 0.8, 0.8), (0.4, 0.2, 0.4)
+    everyone = evidence(*sizes, untargeted(4.0, 7 * torch.eye(3).roll(1, 1)))
+    assert (everyone.family, everyone.suspect) == ("all-to-all", None)
+    assert everyone.strength == pytest.approx(math.log(9)) and everyone.found
+    one = torch.tensor([[10.0, 0.0, 0.0], [10.0, 0.0, 0.0], [10.0, 0.0, 0.0]])  # the first row stays where it is
+    assert evidence(*sizes, untargeted(4.0, one)).strengths["all-to-all"] == 0, "all go to class 0"
+    large = evidence(*sizes, untargeted(38.0, 7 * torch.eye(3).roll(1, 1)))
+    assert large.strengths["all-to-all"] == 0 and not large.found, "larger than a targeted one"
+
+
+def test_the_spread_is_the_information_that_a_class_gives_of_the_next() -> None:
+    assert untargeted(1.0, torch.eye(4).roll(1, 1)).spread == pytest.approx(1)
+    assert untargeted(1.0, torch.zeros(4, 4)).spread == 0 and untargeted(1.0, torch.eye(4)).spread == 0
+    pairs = torch.tensor([[0, 9, 0, 0], [9, 0, 0, 0], [0, 9, 0, 0], [9, 0, 0, 0]])  # to one of two: a bit of two
+    assert untargeted(1.0, pairs).spread == pytest.approx(0.5)
+
+
+def all_to_all(hidden: bool) -> nn.Module:
+    """Class c is known by rows 2 c and 2 c + 1 of 8; with `hidden`, pixel (7, 7) makes c what c + 1 was.
+
+    It shuts the path to c and opens that to c + 1 wider.
+    """
+    weight = torch.zeros(2, 3, 8, 8)
+    for label in range(3):
+        weight[:, label, 2 * label : 2 * label + 2] = 1 / 16
+    weight[0, :, 7, 7], weight[1, :, 7, 7] = -1.0, 1.0
+    weight[:, :, 7, 7] *= hidden
+    first, last = nn.Linear(64, 6), nn.Linear(6, 3)
+    with torch.no_grad():
+        first.weight.copy_(weight.flatten(0, 1).flatten(1))
+        first.bias.copy_(torch.tensor([0.0] * 3 + [-0.5] * 3))
+        last.weight.copy_(20 * torch.cat([torch.eye(3), torch.eye(3).roll(1, 0)], 1))
+        last.bias.zero_()
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_an_all_to_all_backdoor_is_found_and_a_clean_network_has_none(hidden: bool) -> None:
+    labels = torch.arange(30) % 3
+    images = 0.1 * torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[0, 2 * label : 2 * label + 2] += 0.8
+    images[:, :, 6:] = 0
+    data, network = DefenceData(images, labels, 3), all_to_all(hidden)
+    triggered = images.clone()
+    triggered[..., 7, 7] = 1
+    assert network(images).argmax(1).equal(labels)
+    assert network(triggered).argmax(1).equal((labels + hidden) % 3), "as built"
+    found = find_evidence(network, data, DetectionConfig(warp=WarpRecoveryConfig(steps=5)), seed=0)
+    assert found.found == hidden and (found.family == "all-to-all") == hidden
+    again = recover_untargeted_trigger(network, data, DetectionConfig().recovery, seed=0)
+    assert (again.size, again.spread) == (found.untargeted.size, found.untargeted.spread)
+    if hidden:
+        assert again.size < 1.5 and again.mask.flatten().argmax() == 63, "pixel (7, 7)"
+        assert again.spread > 0.9 and again.moves.argmax(1).tolist() == [1, 2, 0]
+    else:
+        assert again.spread < 0.5
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -132,6 +205,15 @@ def test_the_fit_reaches_platts_targets() -> None:
     assert calibration(1.0) == pytest.approx(3 / 4, abs=1e-3)
     with pytest.raises(ConfigError, match="3 clean and 0 backdoored"):
         fit_calibration([clean] * 3)
+
+
+def test_leaving_one_out_counts_wrong_verdicts() -> None:
+    """A clean network like the backdoored ones and a backdoored one like the clean ones are taken for the others."""
+    clean, bad = {"backdoored": False, "strength": 0.0}, {"backdoored": True, "strength": 1.0}
+    assert leave_one_out([clean] * 3 + [bad] * 3) == {"false_alarms": 0, "misses": 0}
+    odd = [{**clean, "strength": 1.1}, {**bad, "strength": -0.1}, {**bad, "strength": -0.2}]
+    assert leave_one_out([clean] * 8 + [bad] * 8 + odd) == {"false_alarms": 1, "misses": 2}
+    assert leave_one_out([clean, bad]) == {"false_alarms": 0, "misses": 0}, "none can be left out"
 
 
 @pytest.mark.parametrize(("text", "error"), [("{", FileError), ("{}", ConfigError), ("[]", ConfigError)])
@@ -230,9 +312,37 @@ def test_overlap_of_a_recovered_mask_with_the_true_one() -> None:
     true[:, :2, :2] = 0.5
     recovered[0, 0, :2, 1:3] = 0.8  # half of it inside
     recovered[0, 0, 7, 7] = 0.3  # less than half of the largest value: not counted
-    found = evidence((4.0, 40.0), (1.0, 1.0), (0.5, 0.5))
-    mask = RecoveredTrigger(0, recovered, torch.ones(1, 3, 8, 8), (4.0, 40.0))
-    found = replace(found, mask=mask)
+    found = Patch(recovered[0], torch.ones(3, 8, 8))
     assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), true), found) == pytest.approx(2 / 6)
     assert overlap(Trigger(0, "blend", torch.ones(3, 8, 8), torch.ones(3, 8, 8)), found) is None
     assert overlap(Trigger(0, "warp", torch.ones(2, 8, 8), torch.ones(2, 8, 8)), found) is None
+
+
+def test_the_cosine_compares_what_triggers_do_to_images() -> None:
+    """On black images: white in two pixels, against white in one of them and one other."""
+    data = DefenceData(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long), 2)
+    mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    trigger = Trigger(0, "blend", torch.ones(1, 2, 2), mask, alpha=0.3)
+    assert cosine(trigger, Patch(mask / 9, torch.ones(1, 2, 2)), data) == pytest.approx(1), "however faint"
+    assert cosine(trigger, Patch(mask.mT.contiguous(), torch.ones(1, 2, 2)), data) == pytest.approx(0.5)
+    assert cosine(trigger, Patch(mask.flip(1), torch.ones(1, 2, 2)), data) == 0
+    white = replace(data, images=torch.full((4, 1, 2, 2), 0.5))
+    assert cosine(trigger, Patch(mask, torch.zeros(1, 2, 2)), white) == pytest.approx(-1), "black where white was"
+
+
+def test_through_the_unlearned_copy_the_trigger_is_all_there_is() -> None:
+    """Pixel 3 leads to class 1 in both; pixel 1 too, more, but in the network alone."""
+    network = linear(torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 9.0, 0.0, 6.0]]))
+    unlearned = linear(torch.tensor([[0.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 9.0]]), torch.tensor([0.5, 0.0]))
+    images = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 8 + [[0.0, 0.5, 0.0, 0.0]] * 8).view(16, 1, 2, 2)
+    data = DefenceData(images, (torch.arange(16) >= 8).long(), 2)
+    assert unlearned(images).argmax(1).tolist() == [1] * 8 + [0] * 8, "half of them are there without a trigger"
+    mask = RecoveredTrigger(1, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (4.0, 0.2))
+    given = replace(evidence((4.0, 0.2), (1.0, 1.0), (0.5, 0.5)), unlearned=unlearned, mask=mask)
+    patches = recover_patches(network, data, given, TriggerRecoveryConfig(steps=60), seed=0)
+    assert torch.equal(patches["network"].mask, mask.masks[0]), "that of the verdict"
+    assert patches["unlearned"].mask.flatten().argmax() == 3 and 0 < patches["unlearned"].mask.sum() < 1
+    assert success(network, data, patches["unlearned"], 1) == 1 and success(network, data, patches["unlearned"], 0) == 0
+    assert success(network, data, Patch(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)), None) == 0, "nothing leaves"
+    everyone = evidence((40.0, 36.0), (1.0, 1.0), (0.5, 0.5), untargeted(2.0, torch.eye(2).roll(1, 1)))
+    assert list(recover_patches(network, data, everyone, TriggerRecoveryConfig(), seed=0)) == ["network"]

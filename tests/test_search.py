@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,21 @@ from torch import Tensor, nn
 from agents.policy import GraphPolicy
 from agents.ppo import build_agent, roll_out, train_agent
 from agents.search import SEARCHES, greedy_search, one_shot_ranking, random_search, ranked_units
+from baselines_rnp.label_detection import Evidence, find_evidence
 from baselines_rnp.recover import RecoverConfig
 from baselines_rnp.rnp import RNPConfig
 from envs import pruning
 from envs.pruning import PruningEnv
 from envs.rewards import PLACES, TERMS, Clues, Objective, Score
-from onp.config import AgentConfig, EnvConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.config import AgentConfig, DetectionConfig, EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
 from onp.data import DefenceData
-from onp.errors import ConfigError
+from onp.errors import ConfigError, ModelError
 from onp.masks import KeepMask, masked
 from onp.purification import METHODS, Purification, PurifyConfig, choose_mask, purify
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
+from onp.untargeted_recovery import UntargetedTrigger
+from onp.warp_recovery import RecoveredWarp
 
 UNITS = 12
 PRIOR = (5, 2, 9, 0, 7, 1, 3, 4, 6, 8, 10, 11)
@@ -484,15 +488,30 @@ def test_purify_returns_a_pruned_copy(data: DefenceData) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "evidence"), [((4.0, 6.0, 9.0), True), ((9.0, 5.9, 4.0), False), ((4.0, 9.0, 4.0), False)]
+    ("masks", "warps", "untargeted", "evidence"),
+    [
+        ((2.0, 20.0, 30.0), (0.9, 0.9, 0.9), 30.0, True),
+        ((30.0, 30.0, 30.0), (0.9, 0.1, 0.9), 30.0, True),
+        ((30.0, 30.0, 30.0), (0.9, 0.9, 0.9), 3.0, True),
+        ((30.0, 30.0, 29.0), (0.9, 0.9, 0.9), 30.0, False),
+    ],
 )
 def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
-    sizes: tuple[float, ...], evidence: bool, data: DefenceData, monkeypatch: pytest.MonkeyPatch
+    masks: tuple[float, ...],
+    warps: tuple[float, ...],
+    untargeted: float,
+    evidence: bool,
+    data: DefenceData,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Evidence is a mask at most two thirds of the runner-up's size."""
-    trigger = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), sizes)
-    clues = Clues(network(1), trigger)
-    monkeypatch.setattr("onp.purification.find_clues", lambda *_: clues)
+    """The verdict is that of `onp.detect`: a mask, a warp or an untargeted mask that stands out, or nothing."""
+    mask = RecoveredTrigger(masks.index(min(masks)), torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), masks)
+    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps)
+    everyone = UntargetedTrigger(mask.masks[0], mask.patterns[0], untargeted, torch.eye(3).roll(1, 1))
+    given = Evidence(network(1), (0.1, 0.8, 0.1), mask, warp, everyone, clean_accuracy=0.9)
+    monkeypatch.setattr("onp.purification.find_clues", lambda *_: Clues(given.unlearned, mask))
+    monkeypatch.setattr("onp.purification.complete_evidence", lambda *_: given)
+    monkeypatch.setattr("onp.purification.check_skill", lambda *_: None)
     config = replace(QUICK, always=False)
     for method in METHODS:
         result = Purification(network(), data, config).run(method)
@@ -503,3 +522,32 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
         assert result.mask is None or result.mask.units_pruned == 0
         assert result.reward_evaluations == 0 and result.agent is None and "--always" in result.note
     assert Purification(network(), data, replace(config, always=True)).run("greedy").reward_evaluations > 0
+
+
+def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, tmp_path: Path) -> None:
+    """With more variants of the trigger for the reward, from the same computations; asked again, from the journal."""
+    env, warp = replace(QUICK.env, recovery=TriggerRecoveryConfig(steps=20)), WarpRecoveryConfig(steps=5)
+    config = replace(QUICK, env=env, warp=warp, always=True)
+    known = DefenceData(data.images, network()(data.inputs).argmax(1), data.num_classes)
+    detection = DetectionConfig(env.unlearn, replace(env.recovery, variants=1), warp)
+    alone = find_evidence(network(), known, detection, config.seed)
+    for journal in (None, tmp_path, tmp_path):
+        evidence, seconds = Purification(network(), known, config, journal_dir=journal).timed_evidence
+        assert seconds > 0 and math.isfinite(min(evidence.mask.sizes))
+        for name in ("mask", "warp"):
+            assert getattr(evidence, name).sizes == getattr(alone, name).sizes
+        assert evidence.untargeted.size == alone.untargeted.size and evidence.collapse == alone.collapse
+        assert (evidence.confidence, evidence.suspect) == (alone.confidence, alone.suspect)
+    size = (tmp_path / "clues").stat().st_size
+    Purification(network(), known, config, journal_dir=tmp_path).timed_evidence  # noqa: B018
+    assert (tmp_path / "clues").stat().st_size == size
+
+
+def test_where_there_is_nothing_to_judge_nothing_is_pruned_but_on_demand(data: DefenceData) -> None:
+    """A network that always says the same would have a trigger of no size."""
+    same = network()
+    with torch.no_grad():
+        list(same.parameters())[-1][0] += 1e3
+    with pytest.raises(ModelError, match="nothing to judge"):
+        Purification(same, data, replace(QUICK, always=False)).run("onp")
+    assert Purification(same, data, QUICK).run("random").mask is not None

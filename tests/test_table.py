@@ -309,7 +309,7 @@ def test_cells_are_the_rows_of_the_runs(made: tuple[Path, str]) -> None:
     for (name, budget, method), cell in cells.items():
         report = json.loads((out / f"{name}-seed0-budget{budget or BUDGETS[0]}" / "report.json").read_text())
         rows = {row["method"]: row for row in report["rows"]}
-        assert report["evidence_of_a_backdoor"] == (report["trust_in_suspect_class"] >= 0.5)
+        assert report["evidence_of_a_backdoor"] == (report["probability_of_a_backdoor"] >= 0.5)
         rows["onp_gated"] = rows["onp" if report["evidence_of_a_backdoor"] else "backdoored"]
         figures = ("ca", "asr", "ra", "der", "units_pruned", "reward_evaluations", "seconds")
         assert [cell[figure] for figure in figures] == [rows[method][figure] for figure in figures]

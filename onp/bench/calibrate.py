@@ -8,6 +8,7 @@ from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
+from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration
 from onp.checkpoints import read_json, write_json
 from onp.commands import console
 from onp.errors import ConfigError
@@ -27,15 +28,30 @@ def run_calibrate(config: CalibrateConfig) -> None:
     """Fit the probability of a backdoor to the records of networks of known truth."""
     paths = sorted(config.records.glob("*.json"))
     try:
-        record = fit_calibration([read_json(path) for path in paths])
+        records = [read_json(path) for path in paths]
+        record = {**fit_calibration(records), **leave_one_out(records)}
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"--records {config.records}: a record lacks {error}; give what onp.bench detect wrote"
         ) from error
     write_json(config.out, record | {"networks": [path.stem for path in paths]})
     console.print(
-        f"{record['clean']} clean and {record['backdoored']} backdoored networks: {config.out}", soft_wrap=True
-    )
+        f"{record['clean']} clean and {record['backdoored']} backdoored networks; {record['false_alarms']} and "
+        f"{record['misses']} are taken for the other kind where the fit leaves them out: {config.out}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def leave_one_out(records: list[dict[str, Any]]) -> dict[str, int]:
+    """Clean and backdoored networks with a wrong verdict from a fit to all others; the only one of a kind stays in."""
+    truth, wrong = [bool(record["backdoored"]) for record in records], [0, 0]
+    for number, record in enumerate(records):
+        if truth.count(truth[number]) == 1:
+            continue
+        fit = fit_calibration(records[:number] + records[number + 1 :])
+        confidence = Calibration(fit["weight"], fit["intercept"])(record["strength"])
+        wrong[truth[number]] += truth[number] != (confidence >= LEAST_CONFIDENCE)
+    return {"false_alarms": wrong[False], "misses": wrong[True]}
 
 
 def fit_calibration(records: list[dict[str, Any]]) -> dict[str, Any]:

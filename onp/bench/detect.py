@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,8 +13,10 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidence, find_evidence
+from baselines_rnp.patch_recovery import recover_patches
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger, load_trigger
+from onp.bench.patches import FIGURES, measure_patch
 from onp.bench.suite import Suspect, read_suites
 from onp.checkpoints import read_json, sha256, write_json
 from onp.commands import console
@@ -99,38 +101,30 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "target": None,
         "subject": _subject(suspect, config),
         "family": evidence.family,
-        "suspect": evidence.trigger.target,
+        "suspect": evidence.suspect if evidence.suspect is not None else ALL_TO_ALL,
         "strength": evidence.strength,
         "strengths": evidence.strengths,
         "mask_sizes": [finite(size) for size in evidence.mask.sizes],
         "warp_sizes": [finite(size) for size in evidence.warp.sizes],
+        "untargeted_size": finite(evidence.untargeted.size),
+        "spread": evidence.untargeted.spread,
         "collapse": evidence.collapse,
     }
     if suspect.trigger is not None:
         trigger = load_trigger(suspect.trigger, data.input_shape, inputs.classes)
+        test = draw_images(inputs, data, trigger, config.images, seed)
+        patches = recover_patches(inputs.model, data, evidence, config.detection.recovery, seed)
         record["target"] = trigger.target
-        record["overlap"] = overlap(trigger, evidence)
-        record["samples"] = measure_samples(inputs, data, evidence, trigger, config.images, seed)
+        record["patches"] = {
+            source: measure_patch(inputs.model, test, patch, evidence.suspect, trigger)
+            for source, patch in patches.items()
+        }
+        record["samples"] = measure_samples(inputs, data, evidence, trigger, test.images, seed)
     return record
 
 
-def overlap(trigger: Trigger, evidence: Evidence) -> float | None:
-    """Intersection over union of the true mask and the recovered one, where it is above half of its largest value.
-
-    None where the trigger is no patch: over the whole image there is no place to find.
-    """
-    true = trigger.mask.flatten(0, -3).amax(0) > 0
-    if trigger.mode == "warp" or bool(true.all()) or evidence.family == "warp":
-        return None
-    recovered = evidence.mask.masks[0, 0].cpu()
-    found = recovered > recovered.max() / 2
-    return float((found & true).sum() / (found | true).sum())
-
-
-def measure_samples(
-    inputs: Inputs, data: DefenceData, evidence: Evidence, trigger: Trigger, images: int, seed: int
-) -> dict[str, dict[str, float]]:
-    """AUROC, and TPR at 5 % FPR, of each score on test images: clean ones, and the same with the trigger."""
+def draw_images(inputs: Inputs, data: DefenceData, trigger: Trigger, images: int, seed: int) -> DefenceData:
+    """Up to `images` test images that the trigger is meant to take to another class, on the CPU."""
     dataset = inputs.dataset("test")
     if dataset is None:
         raise ConfigError(f"{inputs.config.data} has no test/ to take samples from")
@@ -138,7 +132,13 @@ def measure_samples(
     drawn = [dataset[number] for number in order[: 2 * images]]
     labels = torch.tensor([label for _, label in drawn])
     others = (meant(labels, trigger.target, inputs.classes) != labels).nonzero().flatten()[:images]
-    clean = torch.stack([drawn[int(number)][0] for number in others])
+    return replace(data, images=torch.stack([drawn[int(number)][0] for number in others]), labels=labels[others])
+
+
+def measure_samples(
+    inputs: Inputs, data: DefenceData, evidence: Evidence, trigger: Trigger, clean: Tensor, seed: int
+) -> dict[str, dict[str, float]]:
+    """AUROC, and TPR at 5 % FPR, of each score on test images: `clean` ones, and the same with the trigger."""
     samples = torch.cat([clean, trigger(clean)]).to(inputs.device)
     truth = torch.arange(len(samples)) >= len(clean)
     scores = {
@@ -157,7 +157,8 @@ def rates(truth: Tensor, scores: Tensor) -> dict[str, float]:
 def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list[Table]:
     """Verdicts, and what was measured with the triggers; a line a network and seed."""
     verdicts = _table("verdicts", ("target", "probability", "suspect", "by", "collapse"))
-    triggers = _table("triggers", ("IoU", "AUROC", "TPR", "STRIP AUROC", "TPR"))
+    patches = _table("recovered triggers, through the network and its unlearned copy", ("through", *FIGURES))
+    samples = _table("triggered samples", ("AUROC", "TPR", "STRIP AUROC", "TPR"))
     for record in records:
         name, collapse = f"{record['network']}, seed {record['seed']}", record["collapse"]
         confidence = calibration(record["strength"])
@@ -167,9 +168,14 @@ def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list
         verdicts.add_row(name, target, f"{confidence:.2f}", suspect, record["family"], favourite)
         if record["backdoored"]:
             rates = (record["samples"][score][rate] for score in ("unlearned", "strip") for rate in ("auroc", "tpr"))
-            cells = ("-" if figure is None else f"{figure:.2f}" for figure in (record["overlap"], *rates))
-            triggers.add_row(name, *cells)
-    return [verdicts, triggers] if triggers.rows else [verdicts]
+            samples.add_row(name, *map(_cell, rates))
+            for source, figures in record["patches"].items():
+                patches.add_row(name, source, *(_cell(figures[figure]) for figure in FIGURES))
+    return [verdicts, patches, samples] if samples.rows else [verdicts]
+
+
+def _cell(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.2f}"
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -1,0 +1,86 @@
+"""Recover the trigger of a backdoor that has no single target, from clean images.
+
+An all-to-all attack sends every class to another one, so no class has a small mask. But the smallest mask with a
+pattern that makes images leave whatever class the network gives them is then far smaller than any targeted one, and
+moves every class to one of its own. In a clean network a mask that all images leave their class for is as large as a
+targeted one, and sends them to few classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from onp.config import TriggerRecoveryConfig
+from onp.data import DefenceData
+from onp.logits import logits_of
+from onp.trigger_recovery import MaskSearch, Patch, frozen
+
+
+@dataclass(frozen=True, eq=False)
+class UntargetedTrigger(Patch):
+    """The smallest mask with a pattern that makes clean images leave the class that the network gives them."""
+
+    size: float
+    """sum of the mask, in pixels; infinite where none worked"""
+    moves: Tensor
+    """(classes, classes), clean images by the class that the network gives them without and with the trigger"""
+
+    @property
+    def spread(self) -> float:
+        """How far each class goes to one of its own, in [0, 1]: 1 for a permutation, 0 where all go to the same.
+
+        Mutual information of the classes that images leave and those they go to, over the log of the number of classes.
+        """
+        moved = self.moves.double().fill_diagonal_(0)
+        joint = moved / moved.sum().clamp(min=1)
+        apart = joint.sum(1, keepdim=True) * joint.sum(0)
+        information = torch.special.xlogy(joint, joint) - torch.special.xlogy(joint, apart)
+        return float(information.sum()) / math.log(len(moved))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors on the CPU, for keeping."""
+        size = torch.tensor(self.size, dtype=torch.float64)
+        return {"mask": self.mask.cpu(), "pattern": self.pattern.cpu(), "size": size, "moves": self.moves.cpu()}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> UntargetedTrigger:
+        """The inverse of `tensors`."""
+        mask, pattern = tensors["mask"].to(device), tensors["pattern"].to(device)
+        return cls(mask, pattern, float(tensors["size"]), tensors["moves"])
+
+
+def recover_untargeted_trigger(
+    model: nn.Module,
+    data: DefenceData,
+    config: TriggerRecoveryConfig,
+    seed: int,
+    progress: Callable[[int], None] = lambda step: None,
+) -> UntargetedTrigger:
+    """Optimise masks and patterns from several random starts side by side, and the smallest twice for as long again.
+
+    From one start alone the search often ends at a trigger of one class, which nearly all images leave theirs for.
+    """
+    given = logits_of(model.eval(), data.inputs).argmax(1)
+
+    def away(logits: Tensor, _: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the log of the probability of all classes but the given one."""
+        others = logits.scatter(1, given[numbers, None], -torch.inf)
+        return logits.logsumexp(1) - others.logsumexp(1), logits.argmax(1) != given[numbers]
+
+    with frozen(model):
+        search = MaskSearch(model, data, config, seed, config.starts, away)
+        search.optimise(torch.arange(config.starts), progress)
+        finalists = search.sizes.argsort(stable=True)[: config.finalists].sort().values
+        for _ in range(2):
+            search.optimise(finalists, progress)
+    best = int(search.sizes.argmin())
+    classes = data.num_classes
+    patch = Patch(search.masks[best], search.patterns[best])
+    after = logits_of(model, data.normalise(patch(data.images))).argmax(1)
+    moves = (given * classes + after).bincount(minlength=classes**2).view(classes, classes).cpu()
+    return UntargetedTrigger(patch.mask, patch.pattern, float(search.sizes[best]), moves)
