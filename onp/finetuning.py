@@ -36,7 +36,12 @@ class FinetuneConfig:
     batch_size: int = 50
     """images per step"""
     epochs: int = 10
-    """passes over the defence data"""
+    """passes over the images"""
+    flip: bool = False
+    """mirror half of the images, where that leaves their classes as they are (it changes a digit, or a traffic sign)"""
+    frozen: bool = True
+    """keep batch-norm statistics and leave dropout out: adapting to what was pruned, the statistics can bring the
+    backdoor back"""
 
 
 def finetune(
@@ -47,7 +52,7 @@ def finetune(
     seed: int = 0,
     watch: Callable[[int, nn.Module], None] = lambda steps, network: None,
 ) -> nn.Module:
-    """A copy of `model`, pruned by `mask` and trained on by SGD on clean images, randomly cropped and flipped.
+    """A copy of `model`, pruned by `mask` and trained on by SGD on clean images, randomly cropped.
 
     The mask is applied again after every step, so that pruned units stay exactly zero, whatever batch-norm statistics
     do: masking the result once more changes nothing. `watch` is called with the steps taken and the network, in any
@@ -62,8 +67,8 @@ def finetune(
     generator, steps = torch.Generator().manual_seed(seed), 0
     with seeded(seed):
         for _ in range(config.epochs):
-            for inputs, labels in augmented_batches(data, config.batch_size, generator):
-                loss = F.cross_entropy(model.train()(inputs), labels)
+            for inputs, labels in augmented_batches(data, config.batch_size, generator, config.flip):
+                loss = F.cross_entropy(model.train(not config.frozen)(inputs), labels)
                 if not bool(torch.isfinite(loss)):
                     raise ModelError(
                         f"fine-tuning diverged at step {steps + 1}: the outputs are not finite; lower its learning "
