@@ -97,10 +97,9 @@ def find_runs(paths: tuple[Path, ...]) -> list[RunFolder]:
     folders = [folder for folder in folders if trigger_path(folder.options(), folder) is not None]
     if not folders:
         raise ConfigError(f"--runs {' '.join(map(str, paths))}: no finished run that was judged with a trigger")
-    if twice := {
-        folder.path.name for folder in folders if [other.path.name for other in folders].count(folder.path.name) > 1
-    }:
-        raise ConfigError(f"--runs: {', '.join(sorted(twice))} comes more than once; their records would be one")
+    names = [folder.path.name for folder in folders]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--runs: {', '.join(twice)} comes more than once; their records would be one")
     return folders
 
 
@@ -129,10 +128,8 @@ class Subject:
     def key(self, method: str, config: RelearnConfig) -> str:
         """What a record depends on."""
         name = method.removesuffix(HELD)
-        checkpoint = (
-            self.twin.config.checkpoint if self.twin is not None and method == "clean" else self.config.checkpoint
-        )
-        paths = (checkpoint, self.trigger, self.folder.file("masks", f"{name}.json"), self.folder.weights(name))
+        opened = self.twin.config if self.twin is not None and method == "clean" else self.config
+        paths = (opened.checkpoint, self.trigger, self.folder.file("masks", f"{name}.json"), self.folder.weights(name))
         files = [sha256(path) for path in paths if path is not None and path.is_file()]
         return repr((files, config.steps, config.images, config.training))
 
