@@ -1,11 +1,13 @@
 """Backdoor removal from the unlearned copy: prune what the recovered masks name there, and teach it anew.
 
-RNP (arXiv 2305.14876) counts backdoor removal among the uses of its unlearned copy; how it is done there is not public
-in detail, so the details are ours. In the copy benign knowledge is gone and the backdoor lies bare: the masks recovered
-in it say which channels carry it, and the clean images restore the rest.
+RNP (arXiv 2305.14876) counts backdoor removal among the uses of its unlearned copy. How it is done there we could not
+learn from what is public, so the details are ours: in the copy benign knowledge is gone and the backdoor lies bare; the
+masks recovered in it say which channels carry it, and the clean images restore the rest.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -14,17 +16,28 @@ from onp.finetuning import FinetuneConfig, finetune
 from onp.masks import KeepMask
 from onp.units import UnitIndex
 
-PRUNE_BELOW = 0.5
-"""mask value up to which a channel is pruned"""
 
+@dataclass(frozen=True)
+class RemovalConfig(FinetuneConfig):
+    """Longer and faster than fine-tuning behind pruning, since the unlearned copy has to learn its classes again."""
 
-def removal_mask(index: UnitIndex, values: Tensor) -> KeepMask:
-    """The channels that RNP's recovered mask `values`, shape (N,), leave; others are pruned by RNP's rule."""
-    return KeepMask(index, (values > PRUNE_BELOW) | ~index.batch_norm_units, rule="gamma")
+    learning_rate: float = 0.01
+    """step size of SGD"""
+    epochs: int = 20
+    """passes over the images"""
+    frozen: bool = False
+    """keep batch-norm statistics and leave dropout out; those of the unlearned copy are not worth keeping"""
+    threshold: float = 0.0
+    """recovered mask value up to which a channel is pruned"""
 
 
 def remove_backdoor(
-    unlearned: nn.Module, mask: KeepMask, data: DefenceData, config: FinetuneConfig, seed: int
-) -> nn.Module:
-    """A copy of `unlearned`, pruned by `mask` and fine-tuned on the clean images."""
-    return finetune(unlearned, mask, data, config, seed)
+    unlearned: nn.Module, index: UnitIndex, values: Tensor, data: DefenceData, config: RemovalConfig, seed: int
+) -> tuple[nn.Module, KeepMask]:
+    """A copy of `unlearned` without the channels whose mask fell, fine-tuned on the clean images; and the mask.
+
+    `values`, shape (N,), are those that RNP recovered in `unlearned`; units that no batch-norm gates are kept. Pruning
+    follows RNP's rule: gamma is zeroed, and stays so, and beta learns on.
+    """
+    mask = KeepMask(index, (values > config.threshold) | ~index.batch_norm_units, rule="gamma")
+    return finetune(unlearned, mask, data, config, seed), mask

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from typing import Literal
 
-from baselines_rnp.removal import removal_mask, remove_backdoor
+from baselines_rnp.removal import RemovalConfig, remove_backdoor
 from baselines_rnp.unlearn import unlearn
 from onp.finetuning import FinetuneConfig, finetune
 from onp.purification import NO_EVIDENCE, MethodResult, Purification
@@ -38,17 +38,17 @@ def run_stage(row: str, purification: Purification, folder: RunFolder) -> Method
     base = folder.load(next(rows[row] for rows in STAGES.values() if row in rows), index)
     if base.mask is None or base.note == NO_EVIDENCE:
         return MethodResult(row, None, note=base.note)
-    config, mask = FinetuneConfig(), base.mask
+    mask = base.mask
     if row == "rnp_removal":
-        values = folder.rnp_values()
+        values, removal = folder.rnp_values(), RemovalConfig()
         assert values is not None
-        mask = removal_mask(index, values)
         unlearned = unlearn(purification.model, data, purification.config.rnp.unlearn, seed).model
-        network = remove_backdoor(unlearned, mask, data, config, seed)
+        network, mask = remove_backdoor(unlearned, index, values, data, removal, seed)
+        note = f"{removal.epochs} epochs, from the unlearned copy"
     else:
-        network = finetune(purification.model, mask, data, config, seed)
+        network = finetune(purification.model, mask, data, FinetuneConfig(), seed)
+        note = f"{FinetuneConfig.epochs} epochs"
     seconds = base.seconds + time.perf_counter() - start
-    note = f"{config.epochs} epochs on {len(data)} clean images"
     if not mask.units_pruned:
         note += "; nothing was pruned before"
     return replace(base, method=row, mask=mask, network=network, seconds=seconds, note=note, curve=None)
