@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 from rich.console import Console
+from tiny_run import tiny_options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import onp
 from baselines_rnp.removal import RemovalConfig, remove_backdoor
 from onp.checkpoints import load_checkpoint
-from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData, Normalisation
 from onp.errors import ConfigError, ModelError
 from onp.evaluate import EvaluateConfig, evaluate
@@ -215,34 +214,9 @@ def test_removal_prunes_what_the_masks_name(tiny: tuple[nn.Module, UnitIndex]) -
 # --- in a run -------------------------------------------------------------------------------------------------
 
 
-NETWORK = """
-from torch import nn
-
-def tiny():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-"""
-
-
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A tiny network, a tiny image folder and a trigger."""
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "network.py").write_text(NETWORK)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-        safetensors.torch.save_file(network.state_dict(), folder / "weights.safetensors")
-        for number in range(24):
-            path = folder / "images" / ("train" if number < 12 else "test") / f"class{number % 3}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()).save(path)
-    Image.new("RGB", (8, 8), "white").save(folder / "patch.png")
-    (folder / "trigger.json").write_text('{"target": 1, "mode": "add", "pattern": "patch.png"}')
-    env = EnvConfig(max_steps=2, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
-    return TrainConfig(
-        model=f"{folder / 'network.py'}:tiny", checkpoint=folder / "weights.safetensors", data=str(folder / "images"),
-        trigger=folder / "trigger.json", defence_size=12, budget=24, env=env, always=True, threads=1,
-    )  # fmt: skip
+    return tiny_options(tmp_path_factory.mktemp("inputs"))
 
 
 def run(options: TrainConfig, path: Path, **changes: Any) -> Path:

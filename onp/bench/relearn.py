@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from onp.attacks.triggers import Trigger
-from onp.bench.relearn_report import make_tables, write_results
+from onp.bench.relearn_report import HELD, TWIN, make_tables, write_results
 from onp.bench.suite import Suspect, read_suites
 from onp.checkpoints import load_checkpoint, read_json, sha256, write_json
 from onp.commands import console
@@ -27,13 +27,10 @@ from onp.finetuning import FinetuneConfig, finetune
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.judge import meant
 from onp.masks import KeepMask, apply_mask
-from onp.report import Judge
+from onp.report import LABELS, Judge
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.stages import STAGES, rows_of
 from onp.units import UnitIndex, index_units
-
-HELD = "_held"
-"""behind a method's name: its pruned units stay away, as in a physically smaller network"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def run_relearn(config: RelearnConfig) -> None:
     twins, records = read_suites(config.twins) if config.twins else [], []
     for folder in find_runs(config.runs):
         subject = Subject(folder, twins)
-        for method in (*config.methods, *(["clean"] if subject.twin else [])):
+        for method in (*config.methods, *([TWIN] if subject.twin else [])):
             for count in config.triggered:
                 for seed in config.seeds:
                     path = config.out / folder.path.name / f"{method}-{count}-seed{seed}.json"
@@ -86,6 +83,9 @@ def _check(config: RelearnConfig) -> None:
     for name, least in (("triggered", 0), ("steps", 1), ("seeds", 0)):
         if not (values := getattr(config, name)) or min(values) < least or len(set(values)) != len(values):
             raise ConfigError(f"--{name} {' '.join(map(str, values))}: expected different numbers from {least} on")
+    known = [name for name in LABELS if name != "onp_gated"]
+    if unknown := [name for name in config.methods if name.removesuffix(HELD) not in known]:
+        raise ConfigError(f"--methods {' '.join(unknown)}: expected of {', '.join(known)}, perhaps with {HELD} behind")
     if config.images < 10:
         raise ConfigError(f"--images {config.images}: expected at least 10")
 
@@ -122,22 +122,38 @@ class Subject:
             return None
 
     @cached_property
-    def inputs(self) -> Inputs:
+    def own(self) -> Inputs:
+        """The network that the run purified."""
         return open_inputs(self.config)
+
+    @cached_property
+    def data(self) -> DefenceData:
+        """The run's defence images."""
+        return self.own.defence_data()
+
+    @cached_property
+    def index(self) -> UnitIndex:
+        return index_units(self.own.model, self.data.input_shape)
+
+    @cached_property
+    def judges(self) -> dict[bool, Judge]:
+        """Judges of the run's networks, and, under True, of the twin; on the same images."""
+        opened = {False: self.own, True: self.twin} if self.twin is not None else {False: self.own}
+        return {twin: Judge(inputs, self.trigger) for twin, inputs in opened.items()}
 
     def key(self, method: str, config: RelearnConfig) -> str:
         """What a record depends on."""
         name = method.removesuffix(HELD)
-        opened = self.twin.config if self.twin is not None and method == "clean" else self.config
+        opened = self.twin.config if self.twin is not None and method == TWIN else self.config
         paths = (opened.checkpoint, self.trigger, self.folder.file("masks", f"{name}.json"), self.folder.weights(name))
         files = [sha256(path) for path in paths if path is not None and path.is_file()]
         return repr((files, config.steps, config.images, config.training))
 
-    def learner(self, method: str, index: UnitIndex) -> tuple[nn.Module, KeepMask]:
+    def learner(self, method: str) -> tuple[nn.Module, KeepMask]:
         """The network that a method left, and what of it stays pruned. Raises `ConfigError` where there is none."""
-        name, kept = method.removesuffix(HELD), KeepMask.all_kept(index)
-        network = copy.deepcopy(self.inputs.model)
-        mask = kept if name == "backdoored" else self.folder.load_mask(name, index)
+        name, kept = method.removesuffix(HELD), KeepMask.all_kept(self.index)
+        network = copy.deepcopy(self.judges[method == TWIN].model)
+        mask = kept if name in ("backdoored", TWIN) else self.folder.load_mask(name, self.index)
         if mask is None:
             raise ConfigError(f"{self.folder.path} has no mask of {name!r}; give --methods that it has")
         if name in rows_of(tuple(STAGES)):
@@ -150,12 +166,9 @@ def measure_relearning(
     subject: Subject, method: str, triggered: int, seed: int, config: RelearnConfig
 ) -> dict[str, Any]:
     """CA and ASR before and behind steps of learning, as fractions."""
-    inputs = subject.twin if subject.twin is not None and method == "clean" else subject.inputs
-    data, judge = inputs.defence_data(), Judge(inputs, subject.trigger)
-    index = index_units(inputs.model, data.input_shape)
-    network, mask = subject.learner(method, index) if method != "clean" else (inputs.model, KeepMask.all_kept(index))
+    (network, mask), judge, path = subject.learner(method), subject.judges[method == TWIN], []
+    data = replace(subject.data, normalise=judge.inputs.config.normalisation)
     assert judge.trigger is not None
-    path = []
 
     def watch(steps: int, network: nn.Module) -> None:
         if steps in (0, *config.steps) and (measured := judge.of(network, config.images)) is not None:

@@ -20,17 +20,21 @@ from onp.report import LABELS
 Record = dict[str, Any]
 SUCCESS = 0.5
 """attack success rate from which the backdoor counts as back"""
+TWIN = "twin"
+"""the method's name of a network that never had a backdoor"""
+HELD = "_held"
+"""behind a method's name: its pruned units stay away, as in a physically smaller network"""
 STYLES = {
-    "backdoored": "black", "clean": "tab:blue", "onp": "tab:red", "onp_held": "tab:pink", "onp_finetuned": "tab:purple",
+    "backdoored": "black", TWIN: "tab:blue", "onp": "tab:red", "onp_held": "tab:pink", "onp_finetuned": "tab:purple",
     "rnp": "tab:gray", "rnp_oracle": "tab:brown", "greedy": "tab:green",
 }  # fmt: skip
 
 
 def label(method: str) -> str:
-    """As in other tables; `_held` means that pruned units stay away."""
-    if method == "clean":
+    """As in other tables."""
+    if method == TWIN:
         return "never backdoored"
-    return LABELS[method.removesuffix("_held")] + (", held" if method.endswith("_held") else "")
+    return LABELS[method.removesuffix(HELD)] + (", held" if method.endswith(HELD) else "")
 
 
 def steps_until(record: Record) -> float:
