@@ -6,12 +6,15 @@ A stage takes a network and a mask to a network, and knows what the methods know
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Literal
+
+from torch import nn
 
 from baselines_rnp.removal import RemovalConfig, remove_backdoor
 from baselines_rnp.unlearn import unlearn
+from onp.errors import ModelError
 from onp.finetuning import FinetuneConfig, finetune
+from onp.masks import KeepMask
 from onp.purification import NO_EVIDENCE, MethodResult, Purification
 from onp.run_folder import RunFolder
 
@@ -33,22 +36,31 @@ def run_stage(row: str, purification: Purification, folder: RunFolder) -> Method
 
     Where the method that it begins from gave no mask, or left the network alone, so does the stage.
     """
-    start = time.perf_counter()
-    index, data, seed = purification.index, purification.data, purification.config.seed
-    base = folder.load(next(rows[row] for rows in STAGES.values() if row in rows), index)
+    base = folder.load(next(rows[row] for rows in STAGES.values() if row in rows), purification.index)
     if base.mask is None or base.note == NO_EVIDENCE:
         return MethodResult(row, None, note=base.note)
-    mask = base.mask
-    if row == "rnp_removal":
-        values, removal = folder.rnp_values(), RemovalConfig()
-        assert values is not None
-        unlearned = unlearn(purification.model, data, purification.config.rnp.unlearn, seed).model
-        network, mask = remove_backdoor(unlearned, index, values, data, removal, seed)
-        note = f"{removal.epochs} epochs, from the unlearned copy"
-    else:
-        network = finetune(purification.model, mask, data, FinetuneConfig(), seed)
-        note = f"{FinetuneConfig.epochs} epochs"
+    start = time.perf_counter()
+    try:
+        network, mask, note = (
+            _remove(purification, folder) if row == "rnp_removal" else _finetune(purification, base.mask)
+        )
+    except ModelError as error:
+        return MethodResult(row, None, note=str(error))
     seconds = base.seconds + time.perf_counter() - start
-    if not mask.units_pruned:
-        note += "; nothing was pruned before"
-    return replace(base, method=row, mask=mask, network=network, seconds=seconds, note=note, curve=None)
+    return MethodResult(row, mask, base.reward_evaluations, seconds, note, network=network)
+
+
+def _finetune(purification: Purification, mask: KeepMask) -> tuple[nn.Module, KeepMask, str]:
+    config = FinetuneConfig()
+    network = finetune(purification.model, mask, purification.data, config, purification.config.seed)
+    note = f"{config.epochs} epochs" + ("" if mask.units_pruned else "; nothing was pruned before")
+    return network, mask, note
+
+
+def _remove(purification: Purification, folder: RunFolder) -> tuple[nn.Module, KeepMask, str]:
+    config, data, seed = RemovalConfig(), purification.data, purification.config.seed
+    values = folder.rnp_values()
+    assert values is not None  # RNP gave a mask
+    unlearned = unlearn(purification.model, data, purification.config.rnp.unlearn, seed).model
+    network, mask = remove_backdoor(unlearned, purification.index, values, data, config, seed)
+    return network, mask, f"{config.epochs} epochs, from the unlearned copy"

@@ -18,8 +18,9 @@ from tiny_run import tiny_options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import onp
+import onp.stages
 from baselines_rnp.removal import RemovalConfig, remove_backdoor
+from onp.bench.table import TableConfig, run_table
 from onp.checkpoints import load_checkpoint
 from onp.data import DefenceData, Normalisation
 from onp.errors import ConfigError, ModelError
@@ -27,6 +28,7 @@ from onp.evaluate import EvaluateConfig, evaluate
 from onp.finetuning import FinetuneConfig, finetune
 from onp.masks import KeepMask, Rule, apply_mask, masked
 from onp.models import build_model
+from onp.purification import PurifyConfig
 from onp.stages import STAGES, rows_of
 from onp.train import TrainConfig, complete_run
 from onp.units import UnitIndex, index_units
@@ -346,3 +348,34 @@ def test_without_evidence_a_stage_leaves_the_network_alone(options: TrainConfig,
         assert rows(path)[row]["ca"] is None and "left alone" in rows(path)[row]["note"]
     assert not (path / "stages").exists()
     assert evaluate(EvaluateConfig(path)) == 0
+
+
+def test_a_stage_that_fails_says_so_in_its_row(
+    options: TrainConfig, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onp.stages, "FinetuneConfig", lambda: FinetuneConfig(learning_rate=1e30, batch_size=2))
+    run(options, copied, stages=("finetune",))
+    row = rows(copied)["onp_finetuned"]
+    assert row["ca"] is None and "diverged" in row["note"] and not (copied / "stages").exists()
+
+
+def test_a_finished_table_gets_what_it_lacks(options: TrainConfig, tmp_path: Path) -> None:
+    entry = {"name": "tiny", "model": options.model, "checkpoint": str(options.checkpoint), "data": options.data}
+    (tmp_path / "suite.json").write_text(json.dumps([{**entry, "trigger": str(options.trigger)}]))
+    purify = PurifyConfig(budget=24, env=options.env)
+    config = TableConfig(
+        (tmp_path / "suite.json",), tmp_path / "out", (0,), defence_size=12, threads=1, purify=purify
+    )  # fmt: skip
+    tables = []
+    for stages in ((), ("removal", "finetune")):
+        assert run_table(replace(config, stages=stages)) == 0
+        tables.append({cell["method"]: cell for cell in json.loads((config.out / "table.json").read_text())["cells"]})
+    first, second = tables
+    assert {name: second[name] for name in first} == first and set(second) - set(first) == set(ROWS)
+    found = rows(config.out / "tiny-seed0")
+    for row in ROWS:
+        assert (second[row]["ca"], second[row]["asr"], second[row]["der"]) == tuple(
+            found[row][name] for name in ("ca", "asr", "der")
+        )
+    assert second["onp_finetuned"]["budget"] == 24 and second["rnp_removal"]["budget"] is None
+    assert "| ONP + fine-tuning | 24 | 1 |" in (config.out / "table.md").read_text()
