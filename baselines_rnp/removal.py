@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from onp.data import DefenceData
-from onp.finetuning import FinetuneConfig, finetune
+from onp.finetuning import FinetuneConfig, learn_on
 from onp.masks import KeepMask
 from onp.units import UnitIndex
 
@@ -40,4 +40,4 @@ def remove_backdoor(
     follows RNP's rule: gamma is zeroed, and stays so, and beta learns on.
     """
     mask = KeepMask(index, (values > config.threshold) | ~index.batch_norm_units, rule="gamma")
-    return finetune(unlearned, mask, data, config, seed), mask
+    return learn_on(unlearned, mask, data, config, seed), mask

@@ -12,8 +12,11 @@ from torch.nn import functional as F
 
 from onp.data import DefenceData, augmented_batches
 from onp.errors import ConfigError, ModelError
+from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
 from onp.seeding import seeded
+
+Watch = Callable[[int, nn.Module], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class FinetuneConfig:
     batch_size: int = 50
     """images per step"""
     epochs: int = 10
-    """passes over the images"""
+    """passes over the images, at the most"""
     flip: bool = False
     """mirror half of the images, where that leaves their classes as they are (it changes a digit, or a traffic sign)"""
     frozen: bool = True
@@ -45,20 +48,45 @@ class FinetuneConfig:
 
 
 def finetune(
+    model: nn.Module, mask: KeepMask, data: DefenceData, config: FinetuneConfig | None = None, seed: int = 0
+) -> nn.Module:
+    """A copy of `model`, pruned by `mask` and trained on with one half of the clean images.
+
+    It is taken behind the epoch with the least cross-entropy on the other half, or as it was: the trigger-free stop.
+    Pruned units stay exactly zero. Raises `ModelError` where training diverges.
+    """
+    config = config or FinetuneConfig()
+    taught, held_out = data.halves(seed)
+    best = copy.deepcopy(model).eval()
+    apply_mask(best, mask)
+    least = float(held_out.cross_entropy(logits_of(best, held_out.inputs)))
+
+    def watch(epochs: int, network: nn.Module) -> None:
+        nonlocal least
+        loss = float(held_out.cross_entropy(logits_of(network.eval(), held_out.inputs)))
+        if loss < least:
+            least = loss
+            best.load_state_dict(network.state_dict())
+
+    learn_on(model, mask, taught, config, seed, after_epoch=watch)
+    return best
+
+
+def learn_on(
     model: nn.Module,
     mask: KeepMask,
     data: DefenceData,
-    config: FinetuneConfig | None = None,
-    seed: int = 0,
-    watch: Callable[[int, nn.Module], None] = lambda steps, network: None,
+    config: FinetuneConfig,
+    seed: int,
+    after_step: Watch = lambda steps, network: None,
+    after_epoch: Watch = lambda epochs, network: None,
 ) -> nn.Module:
-    """A copy of `model`, pruned by `mask` and trained on by SGD on clean images, randomly cropped.
+    """A copy of `model`, pruned by `mask` and trained on by SGD on randomly cropped images.
 
     The mask is applied again after every step, so that pruned units stay exactly zero, whatever batch-norm statistics
-    do: masking the result once more changes nothing. `watch` is called with the steps taken and the network, in any
-    mode. Raises `ModelError` where training diverges.
+    do: masking the result once more changes nothing. What watches is called with the steps or epochs taken and the
+    network, and may change its mode. Raises `ModelError` where training diverges.
     """
-    config = config or FinetuneConfig()
     model = copy.deepcopy(model)
     apply_mask(model, mask)
     optimizer = torch.optim.SGD(
@@ -66,7 +94,7 @@ def finetune(
     )
     generator, steps = torch.Generator().manual_seed(seed), 0
     with seeded(seed):
-        for _ in range(config.epochs):
+        for epoch in range(config.epochs):
             for inputs, labels in augmented_batches(data, config.batch_size, generator, config.flip):
                 loss = F.cross_entropy(model.train(not config.frozen)(inputs), labels)
                 if not bool(torch.isfinite(loss)):
@@ -79,5 +107,6 @@ def finetune(
                 optimizer.step()
                 apply_mask(model, mask)
                 steps += 1
-                watch(steps, model)
+                after_step(steps, model)
+            after_epoch(epoch + 1, model)
     return model.eval()

@@ -53,7 +53,7 @@ def run_stage(row: str, purification: Purification, folder: RunFolder) -> Method
 def _finetune(purification: Purification, mask: KeepMask) -> tuple[nn.Module, KeepMask, str]:
     config = FinetuneConfig()
     network = finetune(purification.model, mask, purification.data, config, purification.config.seed)
-    note = f"{config.epochs} epochs" + ("" if mask.units_pruned else "; nothing was pruned before")
+    note = f"{config.epochs} epochs at the most" + ("" if mask.units_pruned else "; nothing was pruned before")
     return network, mask, note
 
 

@@ -25,7 +25,7 @@ from onp.checkpoints import load_checkpoint
 from onp.data import DefenceData, Normalisation
 from onp.errors import ConfigError, ModelError
 from onp.evaluate import EvaluateConfig, evaluate
-from onp.finetuning import FinetuneConfig, finetune
+from onp.finetuning import FinetuneConfig, finetune, learn_on
 from onp.masks import KeepMask, Rule, apply_mask, masked
 from onp.models import build_model
 from onp.purification import PurifyConfig
@@ -86,7 +86,7 @@ def test_two_steps_by_hand(tiny: tuple[nn.Module, UnitIndex]) -> None:
     model, index = tiny
     data, mask = tiny_data(), KeepMask.all_kept(index).without([1, 7])  # a channel, a hidden neuron
     config = FinetuneConfig(learning_rate=0.1, momentum=0.5, weight_decay=0.01, batch_size=24, epochs=2)
-    result = finetune(model, mask, data, config)
+    result = learn_on(model, mask, data, config, 0)
 
     expected = copy.deepcopy(model)
     zeros = {"bn.weight": 1, "bn.bias": 1, "hidden.weight": 1, "hidden.bias": 1}
@@ -115,7 +115,7 @@ def test_pruned_units_stay_exactly_zero(tiny: tuple[nn.Module, UnitIndex], rule:
     data = tiny_data()
     mask = KeepMask.all_kept(index, rule).without([0, 4] if rule == "gamma" else [0, 4, 8])
     config = FinetuneConfig(learning_rate=0.05, batch_size=8, epochs=3, frozen=frozen)
-    result = finetune(model, mask, data, config)
+    result = learn_on(model, mask, data, config, 0)
     assert result.get_parameter("bn.weight")[[0, 4]].tolist() == [0, 0]
     assert (result.get_parameter("bn.bias")[[0, 4]] == 0).all().item() is (rule == "zero")
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_pruned_units_stay_exactly_zero(tiny: tuple[nn.Module, UnitIndex], rule:
             assert not result.hidden(torch.randn(5, 6))[:, 2].any()  # type: ignore[operator]
     pruned = copy.deepcopy(model)
     apply_mask(pruned, mask)
-    revived = finetune(pruned, KeepMask.all_kept(index), data, config)
+    revived = learn_on(pruned, KeepMask.all_kept(index), data, config, 0)
     slices = {"gamma": revived.get_parameter("bn.weight")[[0, 4]], "zero": revived.get_parameter("hidden.bias")[2:]}
     assert slices[rule].all(), "negative control: nothing would have come back"
 
@@ -143,11 +143,27 @@ def test_other_kinds_of_units(name: str) -> None:
     assert {layer.kind for layer in index} >= ({"batch_norm"} if name != "small_vgg" else {"conv", "linear_input"})
     mask, generator = KeepMask.all_kept(index).without(units), torch.Generator().manual_seed(0)
     data = DefenceData(torch.rand(8, 3, 32, 32, generator=generator), torch.arange(8) % 4, 4)
-    result = finetune(model, mask, data, FinetuneConfig(epochs=2, batch_size=4, frozen=False))
+    result = learn_on(model, mask, data, FinetuneConfig(epochs=2, batch_size=4, frozen=False), 0)
     again = copy.deepcopy(result)
     apply_mask(again, mask)
     assert same(state(result), state(again))
     assert not same(state(result), state(model))
+
+
+@pytest.mark.parametrize(("learning_rate", "epochs"), [(0.02, 2), (0.3, 1), (1.5, 0)])
+def test_the_other_half_says_when_to_stop(tiny: tuple[nn.Module, UnitIndex], learning_rate: float, epochs: int) -> None:
+    """Of the networks behind 0, 1 ... epochs, each trained anew, the one with the least held-out loss."""
+    model, index = tiny
+    mask = KeepMask.all_kept(index).without([2])
+    config = FinetuneConfig(learning_rate=learning_rate, batch_size=4, epochs=2)
+    taught, held_out = tiny_data().halves(7)
+    candidates = [copy.deepcopy(model)]
+    apply_mask(candidates[0], mask)
+    candidates += [learn_on(model, mask, taught, replace(config, epochs=number), 7) for number in (1, 2)]
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(network(held_out.inputs), held_out.labels)) for network in candidates]
+    assert losses.index(min(losses)) == epochs, "the case is not what it is for"
+    assert same(state(finetune(model, mask, tiny_data(), config, 7)), state(candidates[epochs]))
 
 
 def test_what_is_frozen(tiny: tuple[nn.Module, UnitIndex]) -> None:
@@ -155,7 +171,7 @@ def test_what_is_frozen(tiny: tuple[nn.Module, UnitIndex]) -> None:
     before = state(model)
     for frozen in (True, False):
         config = FinetuneConfig(epochs=1, frozen=frozen)
-        result = state(finetune(model, KeepMask.all_kept(index), tiny_data(), config))
+        result = state(learn_on(model, KeepMask.all_kept(index), tiny_data(), config, 0))
         assert torch.equal(result["bn.running_mean"], before["bn.running_mean"]) is frozen
         assert torch.equal(result["bn.running_var"], before["bn.running_var"]) is frozen
         assert not torch.equal(result["bn.weight"], before["bn.weight"])
@@ -166,7 +182,7 @@ def test_seeds_decide_everything(tiny: tuple[nn.Module, UnitIndex]) -> None:
     model, index = tiny
     mask, config = KeepMask.all_kept(index), FinetuneConfig(epochs=2, batch_size=8)
     random = torch.get_rng_state()
-    one, two, other = (state(finetune(model, mask, tiny_data(), config, seed)) for seed in (0, 0, 1))
+    one, two, other = (state(learn_on(model, mask, tiny_data(), config, seed)) for seed in (0, 0, 1))
     assert same(one, two) and not same(one, other)
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -180,9 +196,9 @@ def test_every_step_can_be_watched(tiny: tuple[nn.Module, UnitIndex]) -> None:
         seen.append((steps, network.get_parameter("fc.bias").sum().item()))
 
     config = FinetuneConfig(epochs=2, batch_size=8, frozen=False)
-    result = finetune(model, KeepMask.all_kept(index), tiny_data(), config, watch=watch)
+    result = learn_on(model, KeepMask.all_kept(index), tiny_data(), config, 0, watch)
     assert [steps for steps, _ in seen] == [1, 2, 3, 4, 5, 6] and len({total for _, total in seen}) == 6
-    assert same(state(result), state(finetune(model, KeepMask.all_kept(index), tiny_data(), config)))
+    assert same(state(result), state(learn_on(model, KeepMask.all_kept(index), tiny_data(), config, 0)))
 
 
 def test_what_cannot_be_learned(tiny: tuple[nn.Module, UnitIndex]) -> None:

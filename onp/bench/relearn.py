@@ -23,7 +23,7 @@ from onp.checkpoints import load_checkpoint, read_json, sha256, write_json
 from onp.commands import console
 from onp.data import DefenceData
 from onp.errors import CheckpointError, ConfigError
-from onp.finetuning import FinetuneConfig, finetune
+from onp.finetuning import FinetuneConfig, learn_on
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.judge import meant
 from onp.masks import KeepMask, apply_mask
@@ -175,7 +175,7 @@ def measure_relearning(
             path.append({"steps": steps, "ca": measured.ca, "asr": measured.asr})
 
     watch(0, network)
-    finetune(network, mask, poisoned(data, judge.trigger, triggered, seed), config.training, seed, watch)
+    learn_on(network, mask, poisoned(data, judge.trigger, triggered, seed), config.training, seed, watch)
     return {
         "run": subject.folder.path.name, "method": method, "triggered": triggered, "seed": seed, "path": path,
         "subject": subject.key(method, config),
