@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from onp.data import DefenceData as DefenceData
     from onp.export import export_onnx as export_onnx
     from onp.export import export_program as export_program
+    from onp.finetuning import FinetuneConfig as FinetuneConfig
+    from onp.finetuning import finetune as finetune
     from onp.inputs import load_defence_data as load_defence_data
     from onp.inputs import load_model as load_model
     from onp.masks import KeepMask as KeepMask
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DefenceData": "onp.data",
+    "FinetuneConfig": "onp.finetuning",
     "KeepMask": "onp.masks",
     "PurifyConfig": "onp.purification",
     "UnitIndex": "onp.units",
     "apply_mask": "onp.masks",
     "export_onnx": "onp.export",
     "export_program": "onp.export",
+    "finetune": "onp.finetuning",
     "index_units": "onp.units",
     "load_defence_data": "onp.inputs",
     "load_model": "onp.inputs",

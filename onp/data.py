@@ -300,23 +300,23 @@ def class_count(dataset: ImageDataset) -> int:
     return len(classes) if classes else max(labels_of(dataset)) + 1
 
 
-def random_crop_and_flip(images: Tensor, seed: int, part: int = 8) -> Tensor:
-    """Zero-pad by 1/`part` of the height (4 of 32 pixels), crop at random and flip half of the images.
+def random_crop_and_flip(images: Tensor, seed: int, part: int = 8, flip: bool = True) -> Tensor:
+    """Zero-pad by 1/`part` of the height (4 of 32 pixels), crop at random and, with `flip`, flip half of the images.
 
     `images` has shape (n, channels, height, width); every image draws its own crop and flip.
     """
     padding = images.shape[2] // part
     crop = transforms.Compose(
-        [transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip()]
+        [transforms.RandomCrop(images.shape[2:], padding=padding), transforms.RandomHorizontalFlip(0.5 * flip)]
     )
     with seeded(seed):
         return torch.stack([crop(image) for image in images])
 
 
 def augmented_batches(
-    data: DefenceData, batch_size: int, generator: torch.Generator
+    data: DefenceData, batch_size: int, generator: torch.Generator, flip: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled epoch of (inputs, labels), randomly cropped and flipped, then normalised.
+    """One shuffled epoch of (inputs, labels), randomly cropped and, with `flip`, flipped, then normalised.
 
     A last batch of a single image is left out, since batch-norm cannot train on it, unless it is all there is.
     """
@@ -324,5 +324,5 @@ def augmented_batches(
         if len(indices) == 1 < len(data):
             continue
         batch = data.subset(indices.to(data.images.device))
-        images = random_crop_and_flip(batch.images, int(torch.randint(2**31, (1,), generator=generator)))
+        images = random_crop_and_flip(batch.images, int(torch.randint(2**31, (1,), generator=generator)), flip=flip)
         yield data.normalise(images), batch.labels

@@ -15,9 +15,10 @@ from onp.checkpoints import load_checkpoint, read_json, sha256
 from onp.commands import console, run_command
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
-from onp.masks import apply_mask
-from onp.report import Judge, Row, make_rows, make_table
+from onp.masks import KeepMask, apply_mask
+from onp.report import Judge, Row, make_rows, make_stage_rows, make_table
 from onp.run_folder import RunFolder, patient, trigger_path
+from onp.stages import STAGES, rows_of
 from onp.units import UnitIndex, index_units
 
 
@@ -42,10 +43,16 @@ def evaluate(config: EvaluateConfig) -> int:
     dataset = inputs.dataset("train")
     assert dataset is not None
     index = index_units(inputs.model, tuple(dataset[0][0].shape))
-    rows = make_rows(folder, Judge(inputs, trigger_path(options, folder)), index)
+    judge, stages = Judge(inputs, trigger_path(options, folder)), rows_of(tuple(STAGES))
+    rows = make_rows(folder, judge, index)
+    added = [row["method"] for row in report["rows"] if row["method"] in stages]
+    rows += make_stage_rows(folder, added, judge, index, rows[0])
     console.print(make_table(rows, f"{config.run} measured again"))
     if not _delivered(folder, inputs.model, index):
         console.print("purified.safetensors is not the network that masks/onp.json makes")
+        return 1
+    if revived := [row for row in added if not _still_pruned(folder, row, inputs.model, index)]:
+        console.print(f"Not zero where masks prune: {', '.join(f'stages/{row}.safetensors' for row in revived)}")
         return 1
     differing = [row.method for row, old in zip(rows, report["rows"], strict=True) if not _same(row, Row(**old))]
     if differing:
@@ -57,13 +64,27 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def _delivered(folder: RunFolder, model: nn.Module, index: UnitIndex) -> bool:
     """Whether `purified.safetensors` is `model` under ONP's mask, bit for bit."""
-    mask = folder.load_mask("onp", index)
-    purified, expected = copy.deepcopy(model), copy.deepcopy(model)
+    purified = copy.deepcopy(model)
     load_checkpoint(purified, folder.file("purified.safetensors"))
+    return _equal(purified, model, folder.load_mask("onp", index))
+
+
+def _still_pruned(folder: RunFolder, stage: str, model: nn.Module, index: UnitIndex) -> bool:
+    """Whether the stage's network is the same once more masked, bit for bit."""
+    if (mask := folder.load_mask(stage, index)) is None:
+        return True
+    network = copy.deepcopy(model)
+    load_checkpoint(network, folder.weights(stage))
+    return _equal(network, network, mask)
+
+
+def _equal(network: nn.Module, model: nn.Module, mask: KeepMask | None) -> bool:
+    """Whether `network` is `model` under `mask`, bit for bit."""
+    expected = copy.deepcopy(model)
     if mask is not None:
         apply_mask(expected, mask)
     weights = expected.state_dict()
-    return all(bool(torch.equal(value, weights[name])) for name, value in purified.state_dict().items())
+    return all(bool(torch.equal(value, weights[name])) for name, value in network.state_dict().items())
 
 
 def _same(new: Row, old: Row) -> bool:

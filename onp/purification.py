@@ -90,6 +90,8 @@ class MethodResult:
     agent: PPO | None = None
     rnp_values: Tensor | None = None
     """RNP's recovered mask values, (N,)"""
+    network: nn.Module | None = None
+    """where weights were learned on behind pruning (`onp.stages`), the network; else the mask says all"""
 
 
 class Purification:

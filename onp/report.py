@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from baselines_rnp.rnp import threshold_masks
-from onp.checkpoints import write_atomically, write_json
+from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json
 from onp.data import ImageDataset, labels_of
 from onp.errors import ConfigError
 from onp.inputs import Inputs
@@ -37,6 +37,9 @@ LABELS = {
     "greedy": "greedy search",
     "onp": "ONP",
     "onp_gated": "ONP, gated",
+    "onp_finetuned": "ONP + fine-tuning",
+    "rnp_finetuned": "RNP + fine-tuning",
+    "rnp_removal": "RNP, from unlearned",
 }
 _PATH_POINTS = 17
 _PATH_IMAGES = 1000
@@ -73,7 +76,12 @@ class Judge:
             self.trigger = load_trigger(trigger, tuple(self.dataset[0][0].shape), inputs.classes)
 
     def __call__(self, mask: KeepMask, limit: int | None = None) -> Measurement | None:
-        """Measure on all test images, or on `limit` of them; None without any."""
+        """Measure a mask on all test images, or on `limit` of them; None without any."""
+        with masked(self.model, mask):
+            return self.of(self.model, limit)
+
+    def of(self, model: nn.Module, limit: int | None = None) -> Measurement | None:
+        """Measure a network, as masks are."""
         if self.dataset is None:
             return None
         images, config = len(labels_of(self.dataset)), self.inputs.config
@@ -81,8 +89,7 @@ class Judge:
         if limit is not None and limit < images:  # evenly spread, since folders come class by class
             dataset = Subset(dataset, [number * images // limit for number in range(limit)])
         target = self.trigger.target if self.trigger else None
-        with masked(self.model, mask):
-            return measure(self.model, dataset, config.normalisation, self.inputs.device, self.trigger, target)
+        return measure(model, dataset, config.normalisation, self.inputs.device, self.trigger, target)
 
 
 def make_rows(folder: RunFolder, judge: Judge, index: UnitIndex) -> list[Row]:
@@ -95,6 +102,20 @@ def make_rows(folder: RunFolder, judge: Judge, index: UnitIndex) -> list[Row]:
         rows.append(_row(method, result.mask, after, before, result))
         if method == "rnp":
             rows.append(_oracle_row(folder, judge, index, before, result))
+    return rows
+
+
+def make_stage_rows(folder: RunFolder, stages: list[str], judge: Judge, index: UnitIndex, first: Row) -> list[Row]:
+    """Measure the networks of stages that the run has; `first` is the row of the backdoored model."""
+    before = Measurement(first.ca, first.asr, first.ra) if first.ca is not None else None
+    rows = []
+    for stage in stages:
+        result, after = folder.load(stage, index), None
+        if result.mask is not None:
+            network = copy.deepcopy(judge.model)
+            load_checkpoint(network, folder.weights(stage))
+            after = judge.of(network)
+        rows.append(_row(stage, result.mask, after, before, result))
     return rows
 
 
@@ -176,6 +197,19 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
     write_atomically(folder.file("report.md"), lambda temporary: temporary.write_text(text))
     record = {"rows": [dataclasses.asdict(row) for row in rows], "pruning_path": path, **facts}
     write_json(folder.file("report.json"), record)
+
+
+def add_stage_rows(folder: RunFolder, stages: list[str], judge: Judge, index: UnitIndex) -> None:
+    """Measure stages of a run that has a report, and write that anew with their rows."""
+    report = read_json(folder.file("report.json"))
+    rows = [Row(**row) for row in report["rows"]]
+    rows = sorted(
+        rows + make_stage_rows(folder, stages, judge, index, rows[0]), key=lambda row: list(LABELS).index(row.method)
+    )
+    facts = {name: value for name, value in report.items() if name not in ("rows", "pruning_path")}
+    text = _markdown(rows, folder.load_mask("onp", index), facts)
+    write_atomically(folder.file("report.md"), lambda temporary: temporary.write_text(text))
+    write_json(folder.file("report.json"), {**report, "rows": [dataclasses.asdict(row) for row in rows]})
 
 
 def _measure_path(judge: Judge, mask: KeepMask | None) -> list[dict[str, Any]]:

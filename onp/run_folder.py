@@ -19,6 +19,9 @@ from onp.masks import KeepMask
 from onp.purification import MethodResult
 from onp.units import UnitIndex
 
+LATER = ("stages",)
+"""options that a finished run can be given later, and that are no part of its record"""
+
 
 class RunFolder:
     """Files of one run; see the README for what each holds."""
@@ -31,12 +34,13 @@ class RunFolder:
 
     @classmethod
     def create_or_resume(cls, path: Path, options: Any, option: str = "--run-dir") -> RunFolder:
-        """Record `options` (a dataclass) in a new folder, or check that an old one was made with the same.
+        """Record `options` (a dataclass) without `LATER` in a new folder, or check that an old one has the same.
 
         Raises `ConfigError`, naming the `option`, where they differ or where the folder holds something else.
         """
         folder = cls(path)
         wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+        wanted = {name: value for name, value in wanted.items() if name not in LATER}
         if folder.file("config.json").exists():
             recorded = folder.options()
             names = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
@@ -85,6 +89,8 @@ class RunFolder:
         if result.rnp_values is not None:
             values = {"values": result.rnp_values}
             write_tensors(self.file("rnp_mask_values.safetensors"), values)
+        if result.network is not None:
+            save_weights(result.network, self.weights(result.method))
         if result.mask is not None:
             self.save_mask(result.method, result.mask)
         record: dict[str, Any] = {
@@ -97,6 +103,10 @@ class RunFolder:
         write_json(self.file("methods", f"{result.method}.json"), record)
         (self.journal_dir / result.method).unlink(missing_ok=True)
 
+    def weights(self, stage: str) -> Path:
+        """The weights that a stage behind a method learned."""
+        return self.file("stages", f"{stage}.safetensors")
+
     def save_mask(self, method: str, mask: KeepMask) -> None:
         write_json(self.file("masks", f"{method}.json"), mask.to_json())
 
@@ -104,7 +114,7 @@ class RunFolder:
         return self.file("methods", f"{method}.json").exists()
 
     def load(self, method: str, index: UnitIndex) -> MethodResult:
-        """What `save` wrote, without the agent."""
+        """What `save` wrote, without the agent and the network."""
         path = self.file("methods", f"{method}.json")
         record, mask = read_json(path), self.load_mask(method, index)
         try:

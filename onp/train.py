@@ -18,8 +18,9 @@ from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
 from onp.purification import METHODS, Purification, PurifyConfig
-from onp.report import LABELS, Judge, Row, make_rows, make_table, write_report
+from onp.report import LABELS, Judge, Row, add_stage_rows, make_rows, make_table, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
+from onp.stages import StageName, rows_of, run_stage
 from onp.verdict import headline, make_verdict
 
 
@@ -31,6 +32,9 @@ class TrainConfig(InputConfig, PurifyConfig):
     """trigger specification (JSON), for judging the result on test/ alone; the defence never sees it"""
     run_dir: Path | None = None
     """folder for the results; runs/MODEL-DATA-seedSEED by default. The same command on it resumes"""
+    stages: tuple[StageName, ...] = ()
+    """what comes behind the methods, with rows of its own: finetune (of ONP's and RNP's network on the clean images),
+    removal (RNP's, from the unlearned copy). A finished run gets what it lacks"""
 
 
 def train(config: TrainConfig) -> None:
@@ -39,7 +43,7 @@ def train(config: TrainConfig) -> None:
 
 
 def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None = None) -> RunFolder:
-    """Do what is left of a run: purify, judge, write the report. `console` shows how far it is.
+    """Do what is left of a run: purify, judge, write the report, add stages. `console` shows how far it is.
 
     Journals of what is computed lie in `journal_dir`, which runs may share and the caller removes; or in the run folder
     until the run is done.
@@ -62,7 +66,9 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
             raise ConfigError(
                 f"{config.checkpoint} is not the file that {folder.path} purified; restore it, or give another folder"
             )
-        console.print(f"This run is complete: {folder.path}")
+        if not missing_stages(config):
+            console.print(f"This run is complete: {folder.path}")
+        _add_stages(config, folder, console)
         return folder
     inputs = open_inputs(config)
     judge = Judge(inputs, config.trigger)
@@ -79,7 +85,29 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
     write_report(folder, judge, purification.index, rows, _facts(inputs, judge, folder, purification))
+    _add_stages(config, folder, console)
     return folder
+
+
+def missing_stages(config: TrainConfig) -> list[str]:
+    """Rows of stages that the finished run lacks."""
+    assert config.run_dir is not None
+    report = read_json(config.run_dir / "report.json")
+    return [row for row in rows_of(config.stages) if row not in {known["method"] for known in report["rows"]}]
+
+
+def _add_stages(config: TrainConfig, folder: RunFolder, console: Console) -> None:
+    """Run the stages that a finished run lacks, judge them, and write the report anew."""
+    missing = missing_stages(config)
+    if not missing:
+        return
+    inputs = open_inputs(patient(config, folder))
+    purification = Purification(inputs.model, inputs.defence_data(), config)
+    for row in missing:
+        if not folder.has(row):
+            console.print(f"{LABELS[row]} ...")
+            folder.save(run_stage(row, purification, folder))
+    add_stage_rows(folder, missing, Judge(inputs, trigger_path(folder.options(), folder)), purification.index)
 
 
 def _run_dir(config: TrainConfig) -> Path:

@@ -24,6 +24,7 @@ PURIFY = """
 import runpy, torch
 from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData
+from onp.finetuning import finetune
 from onp.purification import METHODS, Purification, PurifyConfig, purify
 
 torch.manual_seed(0)
@@ -31,7 +32,9 @@ network = runpy.run_path("network.py")["tiny"]()
 data = DefenceData(torch.rand(12, 3, 8, 8), torch.arange(12) % 3, 3)
 env = EnvConfig(max_steps=2, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
 config = PurifyConfig(budget=24, env=env, always=True)
-report("result", purify(network, data, config).results["onp"].reward_evaluations)
+purified = purify(network, data, config)
+report("result", purified.results["onp"].reward_evaluations)
+report("finetuned", len(finetune(purified.model, purified.mask, data).state_dict()))
 report("results", [Purification(network, data, config).run(method).reward_evaluations for method in METHODS])
 """
 COMMAND = """
@@ -105,14 +108,15 @@ def command(*extra: str) -> str:
 
 
 def test_defending_never_imports_the_attacks(folder: Path) -> None:
-    loaded = loaded_by(folder, PURIFY + command())
-    for name in ("result", "results"):
+    loaded = loaded_by(folder, PURIFY + command("--stages", "finetune", "removal"))
+    for name in ("result", "finetuned", "results"):
         modules = loaded[name][1]
         assert {"onp.purification", "onp.units", "onp.trigger_recovery"} <= modules, "nothing was run"
         assert attacks(modules) == set()
         assert not modules & {"onp.judge", "onp.report"}, "the defending path imports what sees test images"
     code, modules = loaded["code"]
     assert code == 0 and (folder / "run" / "report.json").is_file()
+    assert (folder / "run" / "stages" / "rnp_removal.safetensors").is_file()
     assert {"onp.judge", "onp.report"} <= modules
     assert attacks(modules) == set()
 

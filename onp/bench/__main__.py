@@ -1,4 +1,4 @@
-"""`python -m onp.bench NAME`: what is fast, what purifies, what predicts, what detects, on networks of known truth."""
+"""`python -m onp.bench NAME`: what is fast, what purifies, predicts, detects or comes back, on known networks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ BENCHES = {
     "table": ("TableConfig", "run_table"),
     "terms": ("TermsConfig", "run_terms"),
     "detect": ("DetectBenchConfig", "run_detect_bench"),
+    "relearn": ("RelearnConfig", "run_relearn"),
     "calibrate": ("CalibrateConfig", "run_calibrate"),
 }
 """by name, which is also that of the module: its options, and what runs it"""

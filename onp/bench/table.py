@@ -20,7 +20,8 @@ from onp.errors import ConfigError, OnpError
 from onp.inputs import InputConfig
 from onp.purification import PurifyConfig
 from onp.run_folder import RunFolder
-from onp.train import TrainConfig, complete_run
+from onp.stages import StageName
+from onp.train import TrainConfig, complete_run, missing_stages
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TableConfig:
     """seeds of everything random"""
     budgets: tuple[int, ...] = ()
     """reward evaluations of random, ranked, greedy and onp, a run for each; --purify.budget alone by default"""
+    stages: tuple[StageName, ...] = ()
+    """what comes behind the methods, as for onp.train; finished runs get what they lack"""
     defence_size: int = InputConfig.defence_size
     """clean images that the defender has"""
     device: str = InputConfig.device
@@ -66,7 +69,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "report.json").exists()
+        return (self.path / "report.json").exists() and not missing_stages(self.options)
 
 
 def run_table(config: TableConfig) -> int:
@@ -122,6 +125,7 @@ def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget
     """The options of `onp.train` for one run."""
     name = f"{suspect.name}-seed{seed}" + (f"-budget{budget}" if config.budgets else "")
     values = {**vars(config.purify), **vars(suspect), "seed": seed, "budget": budget, "run_dir": out / name}
+    values["stages"] = config.stages
     values["always"] = True  # the gated figures follow from the verdict
     del values["name"]
     common = {name: getattr(config, name) for name in ("defence_size", "device", "threads")}

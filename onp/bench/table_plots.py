@@ -26,6 +26,9 @@ STYLES = {
     "greedy": ("P", "tab:green"),
     "onp": ("o", "tab:red"),
     "onp_gated": (".", "tab:pink"),
+    "onp_finetuned": ("*", "tab:purple"),
+    "rnp_finetuned": ("<", "tab:olive"),
+    "rnp_removal": (">", "tab:cyan"),
 }
 """marker and colour of every method; any other is a grey dot"""
 
