@@ -23,7 +23,6 @@ from baselines_rnp.unlearn import unlearn
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
-from onp.journal import Journal
 from onp.logits import logits_of
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
@@ -162,35 +161,23 @@ def find_evidence(
     unlearned = unlearn(model, data, config.unlearn, seed).model
     progress("recovering masks and patterns")
     mask = recover_trigger(model, data, config.recovery, seed)
-    return complete_evidence(model, data, config, seed, unlearned, mask, progress=progress)
+    progress("recovering a trigger without a target")
+    untargeted = recover_untargeted_trigger(model, data, config.recovery, seed)
+    progress("recovering warps")
+    warp = recover_warp(model, data, config.warp, seed)
+    return weigh(model, data, unlearned, mask, untargeted, warp)
 
 
-def complete_evidence(
+def weigh(
     model: nn.Module,
     data: DefenceData,
-    config: DetectionConfig,
-    seed: int,
     unlearned: nn.Module,
     mask: RecoveredTrigger,
-    journal: Journal | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
+    untargeted: UntargetedTrigger,
+    warp: RecoveredWarp,
 ) -> Evidence:
-    """Recover what is lacking where the unlearned copy and the masks of the classes are there already."""
-    journal, device = journal or Journal(), data.images.device
-    progress("recovering warps")
-    warp = journal.recall("warp", lambda: recover_warp(model, data, config.warp, seed).tensors())
-    progress("recovering a trigger without a target")
-    untargeted = journal.recall(
-        "untargeted", lambda: recover_untargeted_trigger(model, data, config.recovery, seed).tensors()
-    )
-    return Evidence(
-        unlearned,
-        collapse(unlearned, data),
-        mask,
-        RecoveredWarp.of_tensors(warp, device),
-        UntargetedTrigger.of_tensors(untargeted, device),
-        clean_accuracy(model, data),
-    )
+    """The evidence in an unlearned copy and recovered triggers of `model`."""
+    return Evidence(unlearned, collapse(unlearned, data), mask, warp, untargeted, clean_accuracy(model, data))
 
 
 def clean_accuracy(model: nn.Module, data: DefenceData) -> float:

@@ -24,6 +24,7 @@ from onp.journal import Journal
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, index_units
+from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 
 Observation = dict[str, np.ndarray]
 LIMIT = 1e6  # of observations, in potential; no sane network comes near
@@ -32,14 +33,16 @@ LIMIT = 1e6  # of observations, in potential; no sane network comes near
 def find_clues(
     model: nn.Module, data: DefenceData, config: EnvConfig, seed: int, journal: Journal | None = None
 ) -> Clues:
-    """Make from clean data what the reward needs: the unlearned copy and the recovered trigger."""
+    """Make from clean data what the reward needs: the unlearned copy and the recovered triggers."""
     journal = journal or Journal()
     unlearned = copy.deepcopy(model).eval()
     unlearned.load_state_dict(
         journal.recall("unlearned", lambda: plain_weights(unlearn(model, data, config.unlearn, seed).model))
     )
-    found = journal.recall("trigger", lambda: recover_trigger(model, data, config.recovery, seed).tensors())
-    return Clues(unlearned, RecoveredTrigger.of_tensors(found, data.images.device))
+    device, recovery = data.images.device, config.recovery
+    mask = journal.recall("trigger", lambda: recover_trigger(model, data, recovery, seed).tensors())
+    untargeted = journal.recall("untargeted", lambda: recover_untargeted_trigger(model, data, recovery, seed).tensors())
+    return Clues(unlearned, RecoveredTrigger.of_tensors(mask, device), UntargetedTrigger.of_tensors(untargeted, device))
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):

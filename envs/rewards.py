@@ -21,6 +21,7 @@ from onp.journal import Journal, Values
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex
+from onp.untargeted_recovery import UntargetedTrigger
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +40,10 @@ class Outputs:
     unlearned: Tensor
     """logits of the unlearned copy under the mask"""
     triggered: Tensor
-    """logits of the network under the mask, with the recovered trigger on those images that are not of its class"""
-    target: int
-    """class that the recovered trigger leads to"""
+    """logits of the network under the mask, with the recovered trigger on those images that are not of the class that
+    it leads to, (m, classes)"""
+    goals: Tensor
+    """classes that the recovered trigger leads these to, (m,)"""
     trust: float
     """trust in the recovered trigger, in [0, 1]"""
 
@@ -73,13 +75,13 @@ def unlearning(outputs: Outputs) -> Tensor:
 def trigger_resistance(outputs: Outputs) -> Tensor:
     """Minus the log-odds of the recovered trigger's success, times the trust in it.
 
-    Success is the mean probability of its class. Log-odds tell 99 % from 99.9 %, so that every unit that carries a part
-    of the backdoor shows while the rest of it still works. Below 0.001 the trigger has nothing left to tell.
-    Backdoors at positions that clean images leave silent show nowhere else.
+    Success is the mean probability of the class that it leads to. Log-odds tell 99 % from 99.9 %, so that every unit
+    that carries a part of the backdoor shows while the rest of it still works. Below 0.001 the trigger has nothing left
+    to tell. Backdoors at positions that clean images leave silent show nowhere else.
     """
     log_p = outputs.triggered.log_softmax(1)
-    others = torch.arange(log_p.shape[1], device=log_p.device) != outputs.target
-    log_odds = log_p[:, outputs.target].logsumexp(0) - log_p[:, others].flatten().logsumexp(0)
+    meant = F.one_hot(outputs.goals, log_p.shape[1]).bool()
+    log_odds = log_p[meant].logsumexp(0) - log_p[~meant].logsumexp(0)
     return -outputs.trust * log_odds.clamp(min=math.log(1e-3 / (1 - 1e-3)))
 
 
@@ -108,7 +110,21 @@ class Clues:
 
     unlearned: nn.Module
     """the unlearned copy, its backdoor alive"""
-    trigger: RecoveredTrigger
+    mask: RecoveredTrigger
+    """the recovered trigger of the suspect class"""
+    untargeted: UntargetedTrigger | None = None
+    """the one that makes images leave their class, whichever it is"""
+
+    @property
+    def trusts(self) -> tuple[float, float]:
+        """Trust in `mask` and in `untargeted`, in [0, 1]."""
+        return self.mask.trust, self.untargeted.trust(self.mask.sizes) if self.untargeted is not None else 0.0
+
+    @property
+    def trigger(self) -> RecoveredTrigger | UntargetedTrigger:
+        """The one that can be trusted more: what the reward goes by."""
+        mask, untargeted = self.trusts
+        return self.untargeted if self.untargeted is not None and untargeted > mask else self.mask
 
 
 class Objective:
@@ -135,8 +151,11 @@ class Objective:
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
-        others = data.images[data.labels != clues.trigger.target]
-        triggered = data.normalise(clues.trigger(others if len(others) else data.images))
+        trigger, self.trust = clues.trigger, max(clues.trusts)
+        goals = trigger.goals(data.labels)
+        others = goals != data.labels
+        chosen = others if bool(others.any()) else ~others
+        self._goals, triggered = goals[chosen], data.normalise(trigger(data.images[chosen]))
         views = _views(model, data)
         cache = cache or ActivationCache()
         self.engines = {
@@ -150,9 +169,8 @@ class Objective:
     def _outputs(self, mask: KeepMask, images: int | None = None) -> Outputs:
         """The first `images` logits at every place."""
         logits = {place: engine.logits(mask)[:images] for place, engine in self.engines.items()}
-        trigger = self.clues.trigger
         return Outputs(
-            self.data.labels[:images], self._original[:images], **logits, target=trigger.target, trust=trigger.trust
+            self.data.labels[:images], self._original[:images], **logits, goals=self._goals[:images], trust=self.trust
         )
 
     def effects(self, mask: KeepMask) -> dict[str, Tensor]:

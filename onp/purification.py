@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from agents.policy import blank_policy
 from agents.ppo import LearningCurve, build_agent, roll_out, train_agent
 from agents.search import SEARCHES
-from baselines_rnp.label_detection import Evidence, check_skill, complete_evidence
+from baselines_rnp.label_detection import Evidence, check_skill, weigh
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
 from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
 from onp.checkpoints import load_checkpoint, plain_weights
-from onp.config import AgentConfig, DetectionConfig, EnvConfig, WarpRecoveryConfig
+from onp.config import AgentConfig, EnvConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
 from onp.errors import ConfigError, DataError, ModelError
@@ -34,6 +34,7 @@ from onp.graph import EDGE_FEATURES, FEATURES
 from onp.journal import Journal, Values
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
+from onp.warp_recovery import RecoveredWarp, recover_warp
 
 METHODS = ("rnp", "random", "ranked", "greedy", "onp")
 """defences, in the order of the table"""
@@ -148,18 +149,18 @@ class Purification:
 
     @cached_property
     def timed_evidence(self) -> tuple[Evidence, float]:
-        """What the clues and further recovered triggers say about a backdoor, and the seconds that all of it took.
+        """What the clues and a recovered warp say about a backdoor, and the seconds that all of it took.
 
         Raises `ModelError` where there is nothing to judge, but with `config.always`.
         """
         if not self.config.always:
             check_skill(self.model, self.data)
         clues, seconds = self.timed_clues
+        assert clues.untargeted is not None  # `find_clues` recovers it
         start, journal, config = time.perf_counter(), self._journal("clues"), self.config
-        detection = DetectionConfig(config.env.unlearn, config.env.recovery, config.warp)
-        evidence = complete_evidence(
-            self.model, self.data, detection, config.seed, clues.unlearned, clues.trigger, journal
-        )
+        found = journal.recall("warp", lambda: recover_warp(self.model, self.data, config.warp, config.seed).tensors())
+        warp = RecoveredWarp.of_tensors(found, self.data.images.device)
+        evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, clues.untargeted, warp)
         return evidence, seconds + time.perf_counter() - start + journal.seconds
 
     @property

@@ -139,7 +139,7 @@ def _defend(folder: RunFolder, inputs: Inputs, purification: Purification, conso
         if pending:
             task = progress.add_task("finding clues", total=1)
             evidence, _ = purification.timed_evidence
-            clues = {**make_verdict(inputs, evidence), "trust_in_mask": evidence.mask.trust}
+            clues = {**make_verdict(inputs, evidence), "trust": max(purification.timed_clues[0].trusts)}
             write_json(folder.file("clues.json"), clues)
             progress.update(task, completed=1)
             console.print(headline(clues), soft_wrap=True, highlight=False)
@@ -181,7 +181,7 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
         "probability_of_a_backdoor": clues["confidence"],
         "suspect_class": clues["suspect"],
         "kind_of_trigger": clues["kind"],
-        "trust_in_recovered_mask": clues["trust_in_mask"],
+        "trust_in_recovered_trigger": clues["trust"],
         "seed": config.seed,
         "device": config.device,
         "threads": config.threads,

@@ -65,6 +65,10 @@ class RecoveredTrigger:
         """The smallest variant."""
         return Patch(self.masks[0], self.patterns[0])
 
+    def goals(self, labels: Tensor) -> Tensor:
+        """The classes that it leads images of classes `labels` to, (n,)."""
+        return torch.full_like(labels, self.target)
+
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
@@ -84,7 +88,12 @@ class RecoveredTrigger:
         A runner-up that no mask worked for counts as needing the whole image.
         """
         first, second = (min(size, self.masks[0].numel()) for size in sorted(self.sizes)[:2])
-        return min(max(second / first - 1, 0.0), 1.0) if first > 0 else 0.0
+        return lead(first, second)
+
+
+def lead(size: float, rival: float) -> float:
+    """How far a mask stands out from a rival's size: 0 where that is as small, 1 from twice the size on."""
+    return min(max(rival / size - 1, 0.0), 1.0) if size > 0 else 0.0
 
 
 @contextmanager

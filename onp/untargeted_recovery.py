@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.logits import logits_of
-from onp.trigger_recovery import MaskSearch, Patch, frozen
+from onp.trigger_recovery import MaskSearch, Patch, frozen, lead
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,26 @@ class UntargetedTrigger(Patch):
     moves: Tensor
     """(classes, classes), clean images by the class that the network gives them without and with the trigger"""
 
+    def goals(self, labels: Tensor) -> Tensor:
+        """The classes that it leads images of classes `labels` to, (n,): where most of each class go."""
+        return self._moved.argmax(1).to(labels.device)[labels]
+
+    def trust(self, sizes: tuple[float, ...]) -> float:
+        """How far its mask stands out from the smallest of a class (`sizes`), and each class has a goal of its own."""
+        whole = float(self.mask.numel())
+        return lead(min(self.size, whole), min(*sizes, whole)) * self.spread
+
+    @property
+    def _moved(self) -> Tensor:
+        return self.moves.double().fill_diagonal_(0)
+
     @property
     def spread(self) -> float:
         """How far each class goes to one of its own, in [0, 1]: 1 for a permutation, 0 where all go to the same.
 
         Mutual information of the classes that images leave and those they go to, over the log of the number of classes.
         """
-        moved = self.moves.double().fill_diagonal_(0)
+        moved = self._moved
         joint = moved / moved.sum().clamp(min=1)
         apart = joint.sum(1, keepdim=True) * joint.sum(0)
         information = torch.special.xlogy(joint, joint) - torch.special.xlogy(joint, apart)

@@ -32,6 +32,7 @@ from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, UnitLayer, index_units
+from onp.untargeted_recovery import UntargetedTrigger
 
 INFINITE = float("inf")
 
@@ -52,7 +53,7 @@ def logits(*probabilities: list[float]) -> Tensor:
 
 def outputs(**changes: Any) -> Outputs:
     sure = logits([0.5, 0.25, 0.25], [0.25, 0.5, 0.25])
-    return replace(Outputs(torch.tensor([0, 1]), sure, sure, sure, sure, target=2, trust=0.5), **changes)
+    return replace(Outputs(torch.tensor([0, 1]), sure, sure, sure, sure, torch.tensor([2, 2]), trust=0.5), **changes)
 
 
 # --- terms ----------------------------------------------------------------------------------------------
@@ -95,9 +96,11 @@ def test_trigger_resistance_is_minus_the_log_odds_of_success_times_trust() -> No
     triggered = logits([0.1, 0.1, 0.8], [0.3, 0.3, 0.4])  # success 0.6: odds 3 to 2
     assert float(trigger_resistance(outputs(triggered=triggered))) == pytest.approx(-0.5 * math.log(1.5), abs=1e-6)
     for target in (0, 1):  # success 0.2: odds 1 to 4
-        other = outputs(triggered=triggered, target=target, trust=1.0)
+        other = outputs(triggered=triggered, goals=torch.tensor([target, target]), trust=1.0)
         assert float(trigger_resistance(other)) == pytest.approx(math.log(4), abs=1e-6)
     assert float(trigger_resistance(outputs(triggered=triggered, trust=0.0))) == 0
+    apart = outputs(triggered=triggered, goals=torch.tensor([0, 2]), trust=1.0)  # success 0.25: odds 1 to 3
+    assert float(trigger_resistance(apart)) == pytest.approx(math.log(3), abs=1e-6)
     one_of_two = logits([0.999, 0.0005, 0.0005], [0.0005, 0.0005, 0.999])
     odds = 0.9995 / 1.0005  # of the mean over images; the mean of the two log-odds is another number
     assert float(trigger_resistance(outputs(triggered=one_of_two))) == pytest.approx(-0.5 * math.log(odds), abs=1e-5)
@@ -472,7 +475,7 @@ def test_effects_of_few_images_are_those_of_the_first_and_scores_those_of_all(
     few = Objective(network, clues, index, data, WEIGHTS, effect_images=8)
     every = Objective(network, clues, index, data, WEIGHTS)
     first = Objective(network, clues, index, data.subset(torch.arange(8)), WEIGHTS)
-    others = data.subset((data.labels != clues.trigger.target).nonzero().flatten()[:8])
+    others = data.subset((data.labels != clues.mask.target).nonzero().flatten()[:8])
     triggered = Objective(network, clues, index, others, WEIGHTS)
     mask = few.all_kept.without([2, 5])
     for name in ("clean_fidelity", "unlearning"):
@@ -552,6 +555,22 @@ def test_a_trigger_class_that_every_image_has_still_gives_triggered_images(
     with torch.no_grad():  # the trigger covers nothing
         success = float(network(alike.inputs).softmax(1)[:, 1].double().mean())
     assert score.terms["trigger_resistance"] == pytest.approx(math.log(1 - success) - math.log(success), abs=1e-4)
+
+
+def test_the_trigger_that_can_be_trusted_more_leads_each_class_to_its_own(
+    network: nn.Module, index: UnitIndex, data: DefenceData, clues: Clues
+) -> None:
+    turn = 5 * torch.eye(3, dtype=torch.int64).roll(1, 1) + 3 * torch.eye(3, dtype=torch.int64)  # 3 of 8 stay
+    everyone = UntargetedTrigger(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), 2.5, turn)
+    assert everyone.goals(torch.tensor([2, 0, 1, 1])).tolist() == [0, 1, 2, 2]
+    assert clues.trusts == (0.5, 0.0) and clues.trigger is clues.mask, "6 pixels against 4"
+    less, more = replace(clues, untargeted=replace(everyone, size=3.0)), replace(clues, untargeted=everyone)
+    assert less.trusts == (0.5, pytest.approx(1 / 3)) and less.trigger is clues.mask, "4 pixels against 3"
+    assert more.trusts == (0.5, pytest.approx(0.6)) and more.trigger is everyone, "4 pixels against 2.5"
+    score = Objective(network, more, index, data, RewardConfig()).score(KeepMask.all_kept(index))
+    with torch.no_grad():  # the trigger covers nothing
+        success = network(data.inputs).softmax(1).double()[torch.arange(len(data)), (data.labels + 1) % 3].mean()
+    assert score.terms["trigger_resistance"] == pytest.approx(0.6 * math.log(1 / success - 1), abs=1e-4)
 
 
 # --- trigger recovery -----------------------------------------------------------------------------------

@@ -509,9 +509,10 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
     warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps)
     everyone = UntargetedTrigger(mask.masks[0], mask.patterns[0], untargeted, torch.eye(3).roll(1, 1))
     given = Evidence(network(1), (0.1, 0.8, 0.1), mask, warp, everyone, clean_accuracy=0.9)
-    monkeypatch.setattr("onp.purification.find_clues", lambda *_: Clues(given.unlearned, mask))
-    monkeypatch.setattr("onp.purification.complete_evidence", lambda *_: given)
+    monkeypatch.setattr("onp.purification.find_clues", lambda *_: Clues(given.unlearned, mask, everyone))
+    monkeypatch.setattr("onp.purification.weigh", lambda *_: given)
     monkeypatch.setattr("onp.purification.check_skill", lambda *_: None)
+    monkeypatch.setattr("onp.purification.recover_warp", lambda *_: warp)
     config = replace(QUICK, always=False)
     for method in METHODS:
         result = Purification(network(), data, config).run(method)
