@@ -186,13 +186,13 @@ def clean_accuracy(model: nn.Module, data: DefenceData) -> float:
 
 
 def check_skill(model: nn.Module, data: DefenceData) -> None:
-    """Raise `ModelError` where the network does hardly better than always giving the same class.
+    """Raise `ModelError` where the network does hardly better than always giving the same class, or has one to show.
 
     That class would look like a target.
     """
     accuracy = clean_accuracy(model, data)
     same = float(data.labels.bincount().max()) / len(data)
-    if accuracy - same < LEAST_SKILL * (1 - same):
+    if same == 1 or accuracy - same < LEAST_SKILL * (1 - same):
         raise ModelError(
             f"the network classifies {accuracy:.0%} of the clean images as labelled, and one class alone has "
             f"{same:.0%} of them: there is nothing to judge; check --checkpoint, --mean, --std and the "

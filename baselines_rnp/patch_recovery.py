@@ -46,7 +46,7 @@ def _not_yet(unlearned: nn.Module, data: DefenceData, target: int) -> DefenceDat
 
 
 def success(model: nn.Module, data: DefenceData, patch: Patch, target: int | None) -> float:
-    """Fraction of the images of other classes that `model` sends to `target` with the patch.
+    """Fraction of the images of other classes that `model` sends to `target` with the patch, its mask doubled.
 
     Without a target, of all images that leave the class which they have without it.
     """

@@ -118,7 +118,7 @@ def show(record: dict[str, Any]) -> None:
     for source, found in record["recovered"].items():
         console.print(
             f"Mask recovered through {SOURCES[source]}: {found['pixels']:.2f} pixels, fools the network "
-            f"on {found['success']:.0%} of the clean images",
+            f"on {found['success']:.0%} of the clean images at twice its strength",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for sample in (record["samples"] or [])[:SHOWN]:

@@ -27,6 +27,9 @@ class FinetuneConfig:
         for name in ("epochs", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
+        for name in ("momentum", "weight_decay"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"{name} {value}: expected 0 or more")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate {self.learning_rate}: expected above 0")
 
@@ -87,7 +90,7 @@ def learn_on(
     do: masking the result once more changes nothing. What watches is called with the steps or epochs taken and the
     network, and may change its mode. Raises `ModelError` where training diverges.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).requires_grad_(True)
     apply_mask(model, mask)
     optimizer = torch.optim.SGD(
         model.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay

@@ -43,9 +43,10 @@ class RunFolder:
         wanted = {name: value for name, value in wanted.items() if name not in LATER}
         if folder.file("config.json").exists():
             recorded = folder.options()
-            names = sorted(name for name in {*recorded, *wanted} if recorded.get(name) != wanted.get(name))
+            before, now = _flat(recorded), _flat(wanted)
+            names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
             if names:
-                changes = ", ".join(f"{name} was {recorded.get(name)!r} and is {wanted.get(name)!r}" for name in names)
+                changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
                 raise ConfigError(f"{path} holds a run with other options ({changes}); give another {option}")
             return folder
         if path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
@@ -131,6 +132,14 @@ class RunFolder:
         """RNP's recovered mask values, (N,); None where RNP could not run."""
         path = self.file("rnp_mask_values.safetensors")
         return read_tensors(path)["values"] if path.exists() else None
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their full names, as in `env.reward.unlearning`."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def patient(config: InputConfig, folder: RunFolder) -> InputConfig:

@@ -103,6 +103,7 @@ def _add_stages(config: TrainConfig, folder: RunFolder, console: Console) -> Non
         return
     inputs = open_inputs(patient(config, folder))
     purification = Purification(inputs.model, inputs.defence_data(), config)
+    folder.bind(purification.subject)
     for row in missing:
         if not folder.has(row):
             console.print(f"{LABELS[row]} ...")

@@ -31,8 +31,10 @@ class UntargetedTrigger(Patch):
     """(classes, classes), clean images by the class that the network gives them without and with the trigger"""
 
     def goals(self, labels: Tensor) -> Tensor:
-        """The classes that it leads images of classes `labels` to, (n,): where most of each class go."""
-        return self._moved.argmax(1).to(labels.device)[labels]
+        """The classes that it leads images of classes `labels` to, (n,): where most of each class go, or their own."""
+        most, goals = self._moved.max(1)
+        own = torch.arange(len(goals))
+        return torch.where(most > 0, goals, own).to(labels.device)[labels]
 
     def trust(self, sizes: tuple[float, ...]) -> float:
         """How far its mask stands out from the smallest of a class (`sizes`), and each class has a goal of its own."""
@@ -41,13 +43,14 @@ class UntargetedTrigger(Patch):
 
     @property
     def _moved(self) -> Tensor:
-        return self.moves.double().fill_diagonal_(0)
+        return self.moves.double() * (1 - torch.eye(len(self.moves), dtype=torch.float64))
 
     @property
     def spread(self) -> float:
         """How far each class goes to one of its own, in [0, 1]: 1 for a permutation, 0 where all go to the same.
 
-        Mutual information of the classes that images leave and those they go to, over the log of the number of classes.
+        Mutual information of the classes that images leave and those they go to, over the log of the number of classes;
+        so a permutation comes short of 1 where classes have no images, or few of all.
         """
         moved = self._moved
         joint = moved / moved.sum().clamp(min=1)
@@ -78,7 +81,8 @@ def recover_untargeted_trigger(
 
     From one start alone the search often ends at a trigger of one class, which nearly all images leave theirs for.
     """
-    given = logits_of(model.eval(), data.inputs).argmax(1)
+    logits = logits_of(model.eval(), data.inputs)
+    given, classes = logits.argmax(1), logits.shape[1]  # the network may know more classes than the images have
 
     def away(logits: Tensor, _: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Minus the log of the probability of all classes but the given one."""
@@ -92,7 +96,6 @@ def recover_untargeted_trigger(
         for _ in range(2):
             search.optimise(finalists, progress)
     best = int(search.sizes.argmin())
-    classes = data.num_classes
     patch = Patch(search.masks[best], search.patterns[best])
     after = logits_of(model, data.normalise(patch(data.images))).argmax(1)
     moves = (given * classes + after).bincount(minlength=classes**2).view(classes, classes).cpu()

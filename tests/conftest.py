@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,3 +29,12 @@ def randomised() -> Callable[..., nn.Module]:
         return model.eval()
 
     return randomise
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks this small lose by threads, and badly on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -178,8 +178,18 @@ def test_a_network_that_always_says_the_same_is_not_judged(classes: int) -> None
     """To that class no trigger is needed, which would look like a backdoor."""
     network = linear(torch.tensor([[1.0] * 12, *[[0.0] * 12] * (classes - 1)]))
     data = DefenceData(torch.rand(12, 3, 2, 2), torch.arange(12) % classes, classes)
-    with pytest.raises(ModelError, match="nothing to judge"):
-        find_evidence(network, data, DetectionConfig(), seed=0)
+    for seen in (data, replace(data, labels=torch.zeros(12, dtype=torch.long))):
+        with pytest.raises(ModelError, match="nothing to judge"):
+            find_evidence(network, seen, DetectionConfig(), seed=0)
+
+
+def test_a_network_may_know_more_classes_than_the_images_have() -> None:
+    images = torch.rand(12, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    network = linear(torch.randn(9, 12, generator=torch.Generator().manual_seed(1)))
+    data = DefenceData(images, torch.arange(12) % 3, 3)
+    found = recover_untargeted_trigger(network, data, TriggerRecoveryConfig(steps=5), seed=0)
+    given = network(images).argmax(1).bincount(minlength=9)
+    assert found.moves.shape == (9, 9) and torch.equal(found.moves.sum(1), given) and given[3:].any()
 
 
 def test_what_the_unlearned_copy_collapses_to() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from tiny_run import tiny_options
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_networks import TinyNet
 
 import onp.stages
 from baselines_rnp.removal import RemovalConfig, remove_backdoor
@@ -33,30 +34,9 @@ from onp.stages import STAGES, rows_of
 from onp.train import TrainConfig, complete_run
 from onp.units import UnitIndex, index_units
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = ["onp_finetuned", "rnp_finetuned", "rnp_removal"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class TinyNet(nn.Module):
-    """Convolution, batch-norm, ReLU, mean, hidden linear layer (no batch-norm), linear: 6 gated units of 9."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(6)
-        self.hidden = nn.Linear(6, 3)
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.hidden(self.bn(self.conv(x)).relu().mean((2, 3))))
 
 
 @pytest.fixture
@@ -356,10 +336,13 @@ def test_a_stage_is_there_whole_or_not_at_all(
     assert kept == {name: data for name, data in contents(copied).items() if name in kept}, "a row was made again"
 
 
-def test_without_evidence_a_stage_leaves_the_network_alone(options: TrainConfig, tmp_path: Path) -> None:
+def test_without_evidence_a_stage_leaves_the_network_alone(
+    options: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onp.purification.check_skill", lambda *_: None)  # it knows nothing
+    monkeypatch.setattr("baselines_rnp.label_detection.LEAST_CONFIDENCE", 1.1)
     path = run(options, tmp_path / "left", always=False, stages=("finetune", "removal"))
-    if json.loads((path / "clues.json").read_text())["evidence"]:
-        pytest.skip("this tiny network shows evidence")
+    assert json.loads((path / "clues.json").read_text())["verdict"] == "none"
     for row in ROWS:
         assert rows(path)[row]["ca"] is None and "left alone" in rows(path)[row]["note"]
     assert not (path / "stages").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -19,17 +18,10 @@ from onp.data import DefenceData
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNITS, STEPS, BUDGET = 32, 8, 1500
 BAD = frozenset({3, 8, 13, 17, 22, 29})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class PlantedObjective(Objective):

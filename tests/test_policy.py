@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,12 @@ from onp.errors import CheckpointError
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = AgentConfig(n_steps=8, batch_size=4, n_epochs=1)
 PRIOR_WEIGHT = 3.0
 """of an untrained policy"""
 Observation = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_env(width: int = 6, fractions: tuple[float, ...] = (1 / 3, 1 / 2)) -> PruningEnv:

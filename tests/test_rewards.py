@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,16 +34,9 @@ from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, UnitLayer, index_units
 from onp.untargeted_recovery import UntargetedTrigger
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INFINITE = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def logits(*probabilities: list[float]) -> Tensor:
@@ -563,6 +556,9 @@ def test_the_trigger_that_can_be_trusted_more_leads_each_class_to_its_own(
     turn = 5 * torch.eye(3, dtype=torch.int64).roll(1, 1) + 3 * torch.eye(3, dtype=torch.int64)  # 3 of 8 stay
     everyone = UntargetedTrigger(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), 2.5, turn)
     assert everyone.goals(torch.tensor([2, 0, 1, 1])).tolist() == [0, 1, 2, 2]
+    staying = replace(everyone, moves=torch.tensor([[4.0, 0.0], [1.0, 2.0]]))
+    assert staying.goals(torch.tensor([0, 1])).tolist() == [0, 0], "nothing leads class 0 anywhere"
+    assert everyone.moves.diagonal().tolist() == [3, 3, 3], "counted as they are"
     assert clues.trusts == (0.5, 0.0) and clues.trigger is clues.mask, "6 pixels against 4"
     less, more = replace(clues, untargeted=replace(everyone, size=3.0)), replace(clues, untargeted=everyone)
     assert less.trusts == (0.5, pytest.approx(1 / 3)) and less.trigger is clues.mask, "4 pixels against 3"

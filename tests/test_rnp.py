@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_networks import TinyNet
 
 from baselines_rnp.recover import RecoverConfig, recover
 from baselines_rnp.rnp import THRESHOLDS, RNPConfig, choose_threshold, run_rnp, threshold_masks
@@ -25,32 +25,11 @@ from onp.masks import masked
 from onp.models import build_model
 from onp.units import UnitIndex, index_units
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHARED = Path(__file__).parents[1].parent / "shared"
 WILD = SHARED / "wild" / "wrn16_1_grid_target5.pth"
 ARCHIVE = SHARED / "data" / "cifar10_lossless.tar.gz"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class TinyNet(nn.Module):
-    """Convolution, batch-norm, ReLU, mean, hidden linear layer (no batch-norm), linear: 6 gated units of 9."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(6)
-        self.hidden = nn.Linear(6, 3)
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.hidden(self.bn(self.conv(x)).relu().mean((2, 3))))
 
 
 def tiny_data(size: int = 24) -> DefenceData:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,13 @@ from onp.units import index_units
 from onp.untargeted_recovery import UntargetedTrigger
 from onp.warp_recovery import RecoveredWarp
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNITS = 12
 PRIOR = (5, 2, 9, 0, 7, 1, 3, 4, 6, 8, 10, 11)
 """units by first-order score, the best first"""
 WORTH = {2: 2.0, 9: 3.0, 7: 1.0, 11: 5.0}
 """what pruning a unit is worth on the planted objective; -1 for any other"""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class PlantedObjective(Objective):

@@ -11,6 +11,20 @@ from torch.nn import functional as F
 from onp.models import build_model
 
 
+class TinyNet(nn.Module):
+    """Convolution, batch-norm, ReLU, mean, hidden linear layer (no batch-norm), linear: 6 gated units of 9."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.hidden = nn.Linear(6, 3)
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.bn(self.conv(x)).relu().mean((2, 3))))
+
+
 class PlainNet(nn.Module):
     """conv-bn, conv without bn, flatten to 3 x 4 x 4, hidden linear with bn, hidden linear without, logits."""
 

@@ -16,7 +16,7 @@ FIGURES = ("IoU", "cosine", "success", "pixels")
 def measure_patch(
     model: nn.Module, test: DefenceData, patch: Patch, suspect: int | None, trigger: Trigger
 ) -> dict[str, float | None]:
-    """The `FIGURES`: overlap, cosine of the changes, success of the recovered trigger on the network, mask's size."""
+    """The `FIGURES`: overlap, cosine of the changes, success of it doubled, mask's size."""
     device = next(model.parameters()).device
     moved = DefenceData(test.images.to(device), test.labels.to(device), test.num_classes, test.normalise)
     return {

@@ -8,6 +8,7 @@ never had a backdoor learns the same beside the purified ones: faster than that 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +167,11 @@ def measure_relearning(
     subject: Subject, method: str, triggered: int, seed: int, config: RelearnConfig
 ) -> dict[str, Any]:
     """CA and ASR before and behind steps of learning, as fractions."""
+    taken = config.training.epochs * math.ceil(len(subject.data) / config.training.batch_size)
+    if max(config.steps) > taken:
+        raise ConfigError(
+            f"--steps {max(config.steps)}: the training takes {taken} steps; lower it, or raise --training.epochs"
+        )
     (network, mask), judge, path = subject.learner(method), subject.judges[method == TWIN], []
     data = replace(subject.data, normalise=judge.inputs.config.normalisation)
     assert judge.trigger is not None
@@ -175,6 +181,8 @@ def measure_relearning(
             path.append({"steps": steps, "ca": measured.ca, "asr": measured.asr})
 
     watch(0, network)
+    if path[0]["asr"] is None:
+        raise ConfigError(f"{subject.folder.path}: no test image can be triggered; all are of the target class")
     learn_on(network, mask, poisoned(data, judge.trigger, triggered, seed), config.training, seed, watch)
     return {
         "run": subject.folder.path.name, "method": method, "triggered": triggered, "seed": seed, "path": path,

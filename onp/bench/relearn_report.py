@@ -39,7 +39,7 @@ def label(method: str) -> str:
 
 def steps_until(record: Record) -> float:
     """The first measured step with an ASR of `SUCCESS`; infinite where there is none."""
-    return next((point["steps"] for point in record["path"] if (point["asr"] or 0) >= SUCCESS), inf)
+    return next((point["steps"] for point in record["path"] if point["asr"] >= SUCCESS), inf)
 
 
 def summarise(records: list[Record]) -> list[Record]:
