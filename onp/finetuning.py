@@ -25,7 +25,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if (value := getattr(self, name)) < 1:
+            if not (value := getattr(self, name)) >= 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
         for name in ("momentum", "weight_decay"):
             if not (value := getattr(self, name)) >= 0:

@@ -185,9 +185,25 @@ def test_what_cannot_be_learned(tiny: tuple[nn.Module, UnitIndex]) -> None:
     model, index = tiny
     with pytest.raises(ModelError, match=r"diverged at step .* learning rate \(1e\+30\)"):
         finetune(model, KeepMask.all_kept(index), tiny_data(), FinetuneConfig(learning_rate=1e30, batch_size=8))
-    for options in ({"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}):
-        with pytest.raises(ConfigError, match=next(iter(options))):
-            FinetuneConfig(**options)  # type: ignore[arg-type]
+    for name, value in (
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("momentum", -1),
+        ("weight_decay", -1),
+    ):
+        for wrong in (value, float("nan")):
+            with pytest.raises(ConfigError, match=f"{name} {wrong}"):
+                FinetuneConfig(**{name: wrong})  # type: ignore[arg-type]
+
+
+def test_frozen_parameters_learn_all_the_same(tiny: tuple[nn.Module, UnitIndex]) -> None:
+    model, index = tiny
+    mask, config = KeepMask.all_kept(index), FinetuneConfig(epochs=1, batch_size=8)
+    learned = state(learn_on(model, mask, tiny_data(), config, 0))
+    model.requires_grad_(False)
+    assert same(state(learn_on(model, mask, tiny_data(), config, 0)), learned) and not same(state(model), learned)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_it_is_there_from_python(tiny: tuple[nn.Module, UnitIndex]) -> None:

@@ -182,6 +182,7 @@ def test_networks_that_learn(run: Path) -> None:
         ({"triggered": ()}, "--triggered"),
         ({"triggered": (3, 3)}, "--triggered 3 3"),
         ({"steps": (0, 5)}, "--steps 0 5"),
+        ({"steps": (1, 400)}, "--steps 400: the training takes"),
         ({"images": 9}, "--images 9"),
         ({"methods": ("rnp_removal",)}, "no mask of 'rnp_removal'"),
         ({"triggered": (9,)}, "--triggered 9: only 8"),
