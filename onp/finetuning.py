@@ -24,9 +24,9 @@ class FinetuneConfig:
     """SGD on clean images; the same for every network."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if not (value := getattr(self, name)) >= 1:
-                raise ConfigError(f"{name} {value}: expected at least 1")
+        for name, least in (("epochs", 1), ("batch_size", 2)):  # single images are left out of training
+            if not (value := getattr(self, name)) >= least:
+                raise ConfigError(f"{name} {value}: expected at least {least}")
         for name in ("momentum", "weight_decay"):
             if not (value := getattr(self, name)) >= 0:
                 raise ConfigError(f"{name} {value}: expected 0 or more")

@@ -187,7 +187,7 @@ def test_what_cannot_be_learned(tiny: tuple[nn.Module, UnitIndex]) -> None:
         finetune(model, KeepMask.all_kept(index), tiny_data(), FinetuneConfig(learning_rate=1e30, batch_size=8))
     for name, value in (
         ("epochs", 0),
-        ("batch_size", 0),
+        ("batch_size", 1),
         ("learning_rate", 0.0),
         ("momentum", -1),
         ("weight_decay", -1),

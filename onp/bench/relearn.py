@@ -167,7 +167,8 @@ def measure_relearning(
     subject: Subject, method: str, triggered: int, seed: int, config: RelearnConfig
 ) -> dict[str, Any]:
     """CA and ASR before and behind steps of learning, as fractions."""
-    taken = config.training.epochs * math.ceil(len(subject.data) / config.training.batch_size)
+    training = config.training
+    taken = training.epochs * max(1, math.ceil((len(subject.data) - 1) / training.batch_size))  # no batch of one image
     if max(config.steps) > taken:
         raise ConfigError(
             f"--steps {max(config.steps)}: the training takes {taken} steps; lower it, or raise --training.epochs"
@@ -183,7 +184,7 @@ def measure_relearning(
     watch(0, network)
     if path[0]["asr"] is None:
         raise ConfigError(f"{subject.folder.path}: no test image can be triggered; all are of the target class")
-    learn_on(network, mask, poisoned(data, judge.trigger, triggered, seed), config.training, seed, watch)
+    learn_on(network, mask, poisoned(data, judge.trigger, triggered, seed), training, seed, watch)
     return {
         "run": subject.folder.path.name, "method": method, "triggered": triggered, "seed": seed, "path": path,
         "subject": subject.key(method, config),
