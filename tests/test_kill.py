@@ -16,18 +16,11 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 from killing import Jobs, Kill, differences, jobs
 from PIL import Image
-from torch import nn
+from tiny_run import tiny_options
 
 METHODS = ("rnp", "random", "ranked", "greedy", "onp")
-NETWORK = """
-from torch import nn
-
-def tiny():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-"""
 FRACTIONS = (0.2, 0.4)
 """of the time of the first run, which is somewhat slower than those behind it"""
 
@@ -40,16 +33,7 @@ def environment() -> dict[str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny network and a tiny image folder."""
     folder = tmp_path_factory.mktemp("killed")
-    (folder / "network.py").write_text(NETWORK)
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-    safetensors.torch.save_file(network.state_dict(), folder / "weights.safetensors")
-    for number in range(18):
-        path = folder / "images" / ("train" if number < 12 else "test") / f"class{number % 3}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()).save(path)
-    Image.new("RGB", (8, 8), "white").save(folder / "patch.png")
-    (folder / "trigger.json").write_text('{"target": 1, "mode": "add", "pattern": "patch.png"}')
+    tiny_options(folder)
     return folder
 
 
