@@ -23,9 +23,10 @@ from envs.pruning import PruningEnv
 from onp.bench import __main__ as bench
 from onp.bench.aggregates import Cell, aggregate, bootstrap, compare, reach, spread, summarise, wilson
 from onp.bench.suite import read_suites
+from onp.bench.verdicts import Verdict, detections
 from onp.errors import ConfigError
 from onp.evaluate import EvaluateConfig, evaluate
-from onp.judge import Measurement
+from onp.judge import Measurement, Target
 from onp.masks import KeepMask
 
 NETWORK = """
@@ -238,6 +239,27 @@ def test_evaluations_to_reach_a_good_rating() -> None:
     assert (agent.method, agent.runs, agent.reached, agent.evaluations) == ("onp", 3, 2, 490)
 
 
+def test_verdicts_over_seeds_and_over_networks() -> None:
+    def verdict(model: str, seed: int, truth: Target | None, probability: float, suspect: int | None) -> Verdict:
+        report = {
+            "suspect_class": suspect, "probability_of_a_backdoor": probability,
+            "evidence_of_a_backdoor": probability >= 0.5,
+        }  # fmt: skip
+        return Verdict.of(model, seed, truth, report)
+
+    found = detections([
+        verdict("a", 0, 3, 0.9, 3), verdict("b", 0, "all-to-all", 0.8, None), verdict("c", 0, None, 0.1, 7),
+        verdict("a", 1, 3, 0.7, 4), verdict("b", 1, "all-to-all", 0.3, None), verdict("c", 1, None, 0.6, 7),
+        verdict("a", 2, 3, 0.2, 3),
+    ])  # fmt: skip
+    assert [(item.name, item.truth, item.runs, item.found, item.right) for item in found] == [
+        ("a", "class 3", 3, 2, 1), ("b", "all-to-all", 2, 1, 1), ("c", "clean", 2, 1, 1),
+        ("all backdoored", "", 5, 3, 2), ("all clean", "", 2, 1, 1),
+    ]  # fmt: skip
+    assert found[0].probability.mean == pytest.approx(0.6) and found[3].probability.mean == pytest.approx(0.58)
+    assert found[0].probability.std == pytest.approx(0.13**0.5)
+
+
 # --- the command ----------------------------------------------------------------------------------------------
 
 
@@ -317,6 +339,21 @@ def test_cells_are_the_rows_of_the_runs(made: tuple[Path, str]) -> None:
             assert cell["ca_loss"] == pytest.approx(rows["backdoored"]["ca"] - cell["ca"], abs=1e-12)
         assert (cell["test_images"], cell["triggered_images"]) == (13, 9 if name == "tiny" else 0)
         assert (cell["asr"] is None) == (name == "clean")
+
+
+def test_verdicts_are_those_of_the_runs_once_a_network_and_seed(made: tuple[Path, str]) -> None:
+    out, printed = made
+    lines = (out / "table.md").read_text().splitlines()
+    shown = lines[lines.index("## Is there a backdoor?") :]
+    assert [item["model"] for item in table(out)["verdicts"]] == ["tiny", "clean"]
+    for item, (name, truth) in zip(table(out)["verdicts"], (("tiny", "class 1"), ("clean", "clean")), strict=True):
+        report = json.loads((out / f"{name}-seed0-budget{BUDGETS[0]}" / "report.json").read_text())
+        assert item["truth"] == (1 if name == "tiny" else None)
+        assert item["probability"] == report["probability_of_a_backdoor"]
+        assert item["found"] in (None, "all-to-all", report["suspect_class"])
+        assert (item["found"] is not None) == report["evidence_of_a_backdoor"]
+        assert any(line.startswith(f"| {name} | {truth} | 1 | {item['probability']:.2f} |") for line in shown)
+    assert "Is there a backdoor?" in printed
 
 
 def test_a_failure_is_part_of_the_table(made: tuple[Path, str]) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from onp.bench.aggregates import MEASURES, SUBJECT, Cell
 from onp.bench.suite import Suspect, read_suites
 from onp.bench.table_report import Failure, Results, make_tables, percent, rating, write_table
+from onp.bench.verdicts import Verdict
 from onp.checkpoints import read_json
 from onp.commands import console
 from onp.errors import ConfigError, OnpError
@@ -72,6 +73,14 @@ class Run:
         return (self.path / "report.json").exists() and not missing_stages(self.options)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run gives."""
+
+    cells: list[Cell]
+    verdict: Verdict
+
+
 def run_table(config: TableConfig) -> int:
     """Purify and judge several networks with several seeds, in one table. The same command goes on, and tries again."""
     out = config.out.expanduser().resolve()
@@ -83,7 +92,7 @@ def run_table(config: TableConfig) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); give another") from error
-    outcomes = dict[Path, list[Cell] | Failure]()
+    outcomes = dict[Path, Finished | Failure]()
     for run in sorted(runs, key=lambda run: not run.finished):
         new = not run.finished
         with console.status(f"{run.path.name} ..."):
@@ -132,11 +141,12 @@ def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget
     return TrainConfig(**values, **common).resolved()
 
 
-def _attempt(run: Run) -> list[Cell] | Failure:
-    """Do what is left of a run, and read its cells; whatever goes wrong with it is its own matter."""
+def _attempt(run: Run) -> Finished | Failure:
+    """Do what is left of a run, and read what it gives; whatever goes wrong with it is its own matter."""
     try:
         folder = complete_run(run.options, Console(quiet=True), run.journal_dir)
-        return read_cells(run, read_json(folder.file("report.json")))
+        report = read_json(folder.file("report.json"))
+        return Finished(read_cells(run, report), read_verdict(run, report))
     except Exception as error:
         ours = isinstance(error, OnpError)
         text = str(error) if ours else f"{type(error).__name__}: {error}"
@@ -162,21 +172,30 @@ def read_cells(run: Run, report: dict[str, Any]) -> list[Cell]:
     return [*cells, replace(kept, method="onp_gated")]
 
 
-def _collect(runs: list[Run], outcomes: dict[Path, list[Cell] | Failure]) -> Results:
+def read_verdict(run: Run, report: dict[str, Any]) -> Verdict:
+    """What a finished run said before it pruned, and where its trigger leads."""
+    trigger = run.options.trigger
+    truth = read_json(trigger)["target"] if trigger is not None else None
+    return Verdict.of(run.model, run.seed, truth, report)
+
+
+def _collect(runs: list[Run], outcomes: dict[Path, Finished | Failure]) -> Results:
     """What is there so far; what spends no budget counts once per network and seed."""
-    cells, failures = dict[tuple[object, ...], Cell](), []
-    for outcome in (outcomes[run.path] for run in runs if run.path in outcomes):
+    cells, failures, verdicts = dict[tuple[object, ...], Cell](), [], dict[tuple[str, int], Verdict]()
+    for run in (run for run in runs if run.path in outcomes):
+        outcome = outcomes[run.path]
         if isinstance(outcome, Failure):
             failures.append(outcome)
-        else:
-            for cell in outcome:
-                cells.setdefault((cell.model, cell.seed, cell.budget, cell.method), cell)
-    return Results(list(cells.values()), failures, len(runs) - len(outcomes))
+            continue
+        verdicts.setdefault((run.model, run.seed), outcome.verdict)
+        for cell in outcome.cells:
+            cells.setdefault((cell.model, cell.seed, cell.budget, cell.method), cell)
+    return Results(list(cells.values()), list(verdicts.values()), failures, len(runs) - len(outcomes))
 
 
-def _gist(outcome: list[Cell] | Failure) -> str:
+def _gist(outcome: Finished | Failure) -> str:
     if isinstance(outcome, Failure):
         return f"failed: {outcome.error}"
-    cell = next(cell for cell in outcome if cell.method == SUBJECT)
+    cell = next(cell for cell in outcome.cells if cell.method == SUBJECT)
     figures = {"CA": percent(cell.ca), "ASR": percent(cell.asr), "DER": rating(cell.der)}
     return "ONP " + ", ".join(f"{name} {figure}" for name, figure in figures.items())

@@ -29,12 +29,13 @@ from onp.bench.aggregates import (
     summarise,
 )
 from onp.bench.table_plots import draw_ratings, draw_trade
+from onp.bench.verdicts import Verdict, detections
 from onp.checkpoints import write_atomically, write_json
 from onp.report import LABELS
 
 Lines = tuple[tuple[str, ...], list[list[str]]]
 """a table's heading and rows"""
-TEXTS = ("worst run", "ONP is", "error")
+TEXTS = ("worst run", "ONP is", "error", "truth")
 """columns that are no figures, besides the first"""
 DETAILS = ("seeds", "CA [95 %]", "ASR [95 %]", "RA %", "evals", "s", "networks", "worst run", "pairs", "drawn")
 """columns that a narrow terminal has no room for"""
@@ -64,6 +65,7 @@ class Results:
     """What a table holds so far."""
 
     cells: list[Cell]
+    verdicts: list[Verdict]
     failures: list[Failure]
     pending: int
     """runs to come"""
@@ -75,6 +77,7 @@ def write_table(out: Path, results: Results) -> None:
     record = {
         "pending_runs": results.pending,
         "failures": [asdict(failure) for failure in results.failures],
+        "verdicts": [asdict(verdict) for verdict in results.verdicts],
         "cells": [asdict(cell) for cell in cells],
         "aggregates": [asdict(item) for item in aggregate(cells)],
         "summary": [asdict(item) for item in summarise(cells)],
@@ -91,7 +94,8 @@ def write_table(out: Path, results: Results) -> None:
 
 def make_tables(results: Results, width: int) -> list[Table]:
     """The tables for a terminal of `width` characters."""
-    titled = [(model, _model_lines(lines)) for model, lines in _by_model(results.cells)] + _statements(results.cells)
+    titled = [(model, _model_lines(lines)) for model, lines in _by_model(results.cells)]
+    titled += _statements(results)
     if results.failures:
         titled.append(("Failed runs", _failure_lines(results.failures)))
     return [_table(title, *lines, () if width >= WIDE else DETAILS) for title, lines in titled]
@@ -127,7 +131,7 @@ def _markdown(results: Results) -> str:
         lines += ["## Failed runs", "", *_grid(*_failure_lines(results.failures)), ""]
     for model, aggregates in _by_model(cells):
         lines += [f"## {model}", "", *_grid(*_model_lines(aggregates)), ""]
-    for title, statement in _statements(cells):
+    for title, statement in _statements(results):
         lines += [f"## {title}", "", *_grid(*statement), ""]
     if any(cell.der is not None for cell in cells):
         lines += ["## Plots", "", "![DER](plots/der.png)", "![CA loss and ASR](plots/ca_loss_asr.png)"]
@@ -172,9 +176,12 @@ def _model_lines(aggregates: list[Aggregate]) -> Lines:
     return heading, rows
 
 
-def _statements(cells: list[Cell]) -> list[tuple[str, Lines]]:
+def _statements(results: Results) -> list[tuple[str, Lines]]:
     """What is said over all networks, with its titles."""
-    summaries, found = summarise(cells), list[tuple[str, Lines]]()
+    cells, found = results.cells, list[tuple[str, Lines]]()
+    summaries = summarise(cells)
+    if results.verdicts:
+        found.append(("Is there a backdoor?", _verdict_lines(results.verdicts)))
     if rated := [item for item in summaries if item.runs]:
         aim = f"aim: ASR <= {MAX_ASR:.0%}, CA loss <= {100 * MAX_CA_LOSS:.0f} point"
         found.append((f"Networks with a trigger ({aim})", _summary_lines(rated)))
@@ -186,6 +193,15 @@ def _statements(cells: list[Cell]) -> list[tuple[str, Lines]]:
     if reached := reach(cells):
         found.append((f"Evaluations to reach DER {GOOD_DER}", _reach_lines(reached)))
     return found
+
+
+def _verdict_lines(verdicts: list[Verdict]) -> Lines:
+    rows = [
+        [item.name, item.truth, str(item.runs), _spread(item.probability, 1, 2), f"{item.found} of {item.runs}",
+         f"{item.right} of {item.runs}"]
+        for item in detections(verdicts)
+    ]  # fmt: skip
+    return ("network", "truth", "runs", "probability", "evidence", "right"), rows
 
 
 def _summary_lines(summaries: list[Summary]) -> Lines:
