@@ -264,9 +264,9 @@ def _data(config: EngineBenchConfig) -> DefenceData:
 
 
 def _made_up_clues(model: nn.Module, data: DefenceData) -> Clues:
-    patch = torch.zeros(1, *SHAPE[1:], device=data.images.device)
-    patch[:, -3:, -3:] = 1
-    return Clues(model, RecoveredTrigger(0, patch, torch.rand_like(data.images[0]), (1.0, 9.0)))
+    patch = torch.zeros(1, 1, *SHAPE[1:], device=data.images.device)
+    patch[..., -3:, -3:] = 1
+    return Clues(model, RecoveredTrigger(0, patch, torch.rand_like(data.images[:1]), (1.0, 9.0)))
 
 
 @contextmanager
