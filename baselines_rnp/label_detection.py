@@ -159,9 +159,9 @@ def find_evidence(
     check_skill(model, data)
     progress("unlearning a copy")
     unlearned = unlearn(model, data, config.unlearn, seed).model
-    progress("recovering masks and patterns")
+    progress("recovering masks")
     mask = recover_trigger(model, data, config.recovery, seed)
-    progress("recovering a trigger without a target")
+    progress("all-to-all mask")
     untargeted = recover_untargeted_trigger(model, data, config.recovery, seed)
     progress("recovering warps")
     warp = recover_warp(model, data, config.warp, seed)

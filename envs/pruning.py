@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -31,16 +32,27 @@ LIMIT = 1e6  # of observations, in potential; no sane network comes near
 
 
 def find_clues(
-    model: nn.Module, data: DefenceData, config: EnvConfig, seed: int, journal: Journal | None = None
+    model: nn.Module,
+    data: DefenceData,
+    config: EnvConfig,
+    seed: int,
+    journal: Journal | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> Clues:
-    """Make from clean data what the reward needs: the unlearned copy and the recovered triggers."""
+    """Make from clean data what the reward needs: the unlearned copy and the recovered triggers.
+
+    `progress` is called with what comes next.
+    """
     journal = journal or Journal()
+    progress("unlearning a copy")
     unlearned = copy.deepcopy(model).eval()
     unlearned.load_state_dict(
         journal.recall("unlearned", lambda: plain_weights(unlearn(model, data, config.unlearn, seed).model))
     )
     device, recovery = data.images.device, config.recovery
+    progress("recovering masks")
     mask = journal.recall("trigger", lambda: recover_trigger(model, data, recovery, seed).tensors())
+    progress("all-to-all mask")
     untargeted = journal.recall("untargeted", lambda: recover_untargeted_trigger(model, data, recovery, seed).tensors())
     return Clues(unlearned, RecoveredTrigger.of_tensors(mask, device), UntargetedTrigger.of_tensors(untargeted, device))
 

@@ -95,10 +95,15 @@ class MethodResult:
     """where weights were learned on behind pruning (`onp.stages`), the network; else the mask says all"""
 
 
+CLUES = 4
+"""parts that clues and evidence are made of"""
+
+
 class Purification:
     """One network under treatment: what the methods share, made when first needed.
 
     `log_dir` is for the learning's events, `journal_dir` for journals (`onp.journal`), one a method and one of clues.
+    `on_clue` is called with what comes next while clues are found.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Purification:
         log_dir: Path | None = None,
         journal_dir: Path | None = None,
     ) -> None:
+        self.on_clue: Callable[[str], None] = lambda stage: None
         self.model = model.eval().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
         self.data, self.config, self.log_dir, self.journal_dir = data, config, log_dir, journal_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
@@ -144,7 +150,7 @@ class Purification:
     def timed_clues(self) -> tuple[Clues, float]:
         """The unlearned copy and the recovered trigger, from all defence data, and the seconds they took."""
         start, journal = time.perf_counter(), self._journal("clues")
-        clues = find_clues(self.model, self.data, self.config.env, self.config.seed, journal)
+        clues = find_clues(self.model, self.data, self.config.env, self.config.seed, journal, self.on_clue)
         return clues, time.perf_counter() - start + journal.seconds
 
     @cached_property
@@ -158,6 +164,7 @@ class Purification:
         clues, seconds = self.timed_clues
         assert clues.untargeted is not None  # `find_clues` recovers it
         start, journal, config = time.perf_counter(), self._journal("clues"), self.config
+        self.on_clue("recovering warps")
         found = journal.recall("warp", lambda: recover_warp(self.model, self.data, config.warp, config.seed).tensors())
         warp = RecoveredWarp.of_tensors(found, self.data.images.device)
         evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, clues.untargeted, warp)

@@ -17,7 +17,7 @@ from onp.data import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
-from onp.purification import METHODS, Purification, PurifyConfig
+from onp.purification import CLUES, METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, add_stage_rows, make_rows, make_table, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.stages import StageName, rows_of, run_stage
@@ -138,11 +138,12 @@ def _defend(folder: RunFolder, inputs: Inputs, purification: Purification, conso
     with Progress(*columns, console=console) as progress:
         pending = [method for method in METHODS if not folder.has(method)]
         if pending:
-            task = progress.add_task("finding clues", total=1)
+            clue = progress.add_task("finding clues", total=CLUES)
+            purification.on_clue = lambda stage: progress.update(clue, description=stage, advance=1)
             evidence, _ = purification.timed_evidence
             clues = {**make_verdict(inputs, evidence), "trust": max(purification.timed_clues[0].trusts)}
             write_json(folder.file("clues.json"), clues)
-            progress.update(task, completed=1)
+            progress.update(clue, description="finding clues", completed=CLUES)
             console.print(headline(clues), soft_wrap=True, highlight=False)
         for method in pending:
             if purification.left_alone:

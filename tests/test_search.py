@@ -28,7 +28,7 @@ from onp.config import AgentConfig, DetectionConfig, EnvConfig, TriggerRecoveryC
 from onp.data import DefenceData
 from onp.errors import ConfigError, ModelError
 from onp.masks import KeepMask, masked
-from onp.purification import METHODS, Purification, PurifyConfig, choose_mask, purify
+from onp.purification import CLUES, METHODS, Purification, PurifyConfig, choose_mask, purify
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
 from onp.untargeted_recovery import UntargetedTrigger
@@ -527,9 +527,13 @@ def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, t
         skilled[-1].bias -= skilled(data.inputs).mean(0)  # every class is somebody's
     known = DefenceData(data.images, skilled(data.inputs).argmax(1), data.num_classes)
     detection = DetectionConfig(env.unlearn, replace(env.recovery, variants=1), warp)
-    alone = find_evidence(skilled, known, detection, config.seed)
+    announced = list[str]()
+    alone = find_evidence(skilled, known, detection, config.seed, announced.append)
     for journal in (None, tmp_path, tmp_path):
-        evidence, seconds = Purification(skilled, known, config, journal_dir=journal).timed_evidence
+        purification, clues = Purification(skilled, known, config, journal_dir=journal), list[str]()
+        purification.on_clue = clues.append
+        evidence, seconds = purification.timed_evidence
+        assert clues == announced and len(clues) == CLUES
         assert seconds > 0 and math.isfinite(min(evidence.mask.sizes))
         for name in ("mask", "warp"):
             assert getattr(evidence, name).sizes == getattr(alone, name).sizes
