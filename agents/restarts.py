@@ -9,11 +9,11 @@ import numpy as np
 
 
 class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
-    """Begin a fraction of the episodes near the end of one of the best action sequences (Ecoffet et al. 2021).
+    """Begin a fraction of the episodes along one of the best action sequences (Ecoffet et al. 2021).
 
-    Half of the time at its end, a quarter of the time a step before, and so on. The sequence is replayed, so the
-    environment has to be deterministic; where it answers masks from memory, that costs no reward evaluation. A sequence
-    is what led to a new best return of its episode, without ending it. An episode is truncated when `patience` steps
+    Anywhere along it, so that the first steps, which decide most, are tried otherwise as often as the last. The
+    sequence is replayed, so the environment has to be deterministic; where it answers masks from memory, that costs no
+    reward evaluation. A sequence is what led to a new best return of its episode, without ending it. An episode is truncated when `patience` steps
     in a row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason
     an action that earned nothing (stopping, too) is invalid where it was taken, whatever the progress by then, until no
     other is left: a policy that has settled would never use up its budget.
@@ -39,8 +39,7 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         observation = self._without_fruitless(observation)
         if self.best and self.generator.random() < self.fraction:
             _, actions = list(self.best.values())[self.generator.integers(len(self.best))]
-            undone = min(int(self.generator.geometric(0.5)) - 1, len(actions))
-            for action in actions[: len(actions) - undone]:
+            for action in actions[: self.generator.integers(len(actions) + 1)]:
                 observation, _, _, _, info = self.step(np.int64(action))
             self._highest, self._idle = self._return, 0
         return observation, info
