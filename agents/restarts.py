@@ -11,9 +11,10 @@ import numpy as np
 class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """Begin a fraction of the episodes along one of the best action sequences (Ecoffet et al. 2021).
 
-    Anywhere along it, so that the first steps, which decide most, are tried otherwise as often as the last. The
-    sequence is replayed, so the environment has to be deterministic; where it answers masks from memory, that costs no
-    reward evaluation. A sequence is what led to a new best return of its episode, without ending it. An episode is truncated when `patience` steps
+    Anywhere along it, so that its early steps, which decide most, are followed otherwise as often as the last; and
+    every other episode begins with an action that none has begun with. The sequence is replayed, so the environment has
+    to be deterministic; where it answers masks from memory, that costs no reward evaluation. A sequence is what led to
+    a new best return of its episode, without ending it. An episode is truncated when `patience` steps
     in a row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason
     an action that earned nothing (stopping, too) is invalid where it was taken, whatever the progress by then, until no
     other is left: a policy that has settled would never use up its budget.
@@ -25,8 +26,8 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self.generator = np.random.default_rng(seed)
         self.best: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
         """return and actions of the best sequences, one for each set of actions"""
-        self.fruitless: dict[bytes, set[int]] = {}
-        """by all of an observation but the progress, the actions that earned nothing there"""
+        self.spent: dict[bytes, set[int]] = {}
+        """by all of an observation but the progress, the actions that are not to be taken there again"""
         self._place = b""
         self._actions: tuple[int, ...] = ()
         self._return = self._highest = 0.0
@@ -36,21 +37,26 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         """Reset, and perhaps replay; `seed` and `options` go to the environment."""
         observation, info = self.env.reset(seed=seed, options=options)
         self._actions, self._return, self._highest, self._idle = (), 0.0, 0.0, 0
-        observation = self._without_fruitless(observation)
+        observation = self._without_spent(observation)
         if self.best and self.generator.random() < self.fraction:
             _, actions = list(self.best.values())[self.generator.integers(len(self.best))]
-            for action in actions[: self.generator.integers(len(actions) + 1)]:
-                observation, _, _, _, info = self.step(np.int64(action))
+            for action in actions[: self.generator.integers(len(actions)) + 1]:
+                observation, _, _, _, info = self._step(np.int64(action))
             self._highest, self._idle = self._return, 0
         return observation, info
 
     def step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and remember the sequence where it is among the best; `info["return"]` counts what was replayed too."""
+        if not self._actions:
+            self.spent.setdefault(self._place, set()).add(int(action))
+        return self._step(action)
+
+    def _step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         place = self._place
         observation, reward, terminated, truncated, info = self.env.step(action)
         if float(reward) <= 0:
-            self.fruitless.setdefault(place, set()).add(int(action))
-        observation = self._without_fruitless(observation)
+            self.spent.setdefault(place, set()).add(int(action))
+        observation = self._without_spent(observation)
         self._actions, self._return = (*self._actions, int(action)), self._return + float(reward)
         self._idle += 1
         if self._return > self._highest:
@@ -60,10 +66,10 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         info = {**info, "return": self._return}
         return observation, reward, terminated, truncated or self._idle >= self.patience, info
 
-    def _without_fruitless(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _without_spent(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._place = b"".join(value.tobytes() for name, value in observation.items() if name != "progress")
         left = observation["action_mask"].copy()
-        left[list(self.fruitless.get(self._place, ()))] = 0
+        left[list(self.spent.get(self._place, ()))] = 0
         return {**observation, "action_mask": left} if left.any() else observation
 
     def _remember(self) -> None:
