@@ -18,6 +18,7 @@ from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger, load_trigger
 from onp.bench.patches import FIGURES, measure_patch
 from onp.bench.suite import Suspect, read_suites
+from onp.bench.verdicts import Verdict, detections
 from onp.checkpoints import read_json, sha256, write_json
 from onp.commands import console
 from onp.config import DetectionConfig
@@ -161,11 +162,11 @@ def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list
     samples = _table("triggered samples", ("AUROC", "TPR", "STRIP AUROC", "TPR"))
     for record in records:
         name, collapse = f"{record['network']}, seed {record['seed']}", record["collapse"]
-        confidence = calibration(record["strength"])
-        suspect = str(record["suspect"]) if confidence >= LEAST_CONFIDENCE else "none"
+        verdict = _verdict(record, calibration)
+        suspect = str(verdict.found) if verdict.found is not None else "none"
         target = str(record["target"]) if record["backdoored"] else "clean"
         favourite = str(collapse.index(max(collapse)))
-        verdicts.add_row(name, target, f"{confidence:.2f}", suspect, record["family"], favourite)
+        verdicts.add_row(name, target, f"{verdict.probability:.2f}", suspect, record["family"], favourite)
         if record["backdoored"]:
             rates = (record["samples"][score][rate] for score in ("unlearned", "strip") for rate in ("auroc", "tpr"))
             samples.add_row(name, *map(_cell, rates))
@@ -186,22 +187,26 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     return table
 
 
+def _verdict(record: dict[str, Any], calibration: Calibration) -> Verdict:
+    confidence = calibration(record["strength"])
+    found = record["suspect"] if confidence >= LEAST_CONFIDENCE else None
+    return Verdict(record["network"], record["seed"], record["target"], confidence, found)
+
+
 def summary(records: list[dict[str, Any]], calibration: Calibration) -> list[str]:
     """Label detection accuracy, misses and false alarms, and mean rates of sample detection."""
-    clean = [record for record in records if not record["backdoored"]]
-    bad = [record for record in records if record["backdoored"]]
-    alarm = [calibration(record["strength"]) >= LEAST_CONFIDENCE for record in records]
-    raised = {id(record) for record, raised in zip(records, alarm, strict=True) if raised}
-    lines = [f"clean: {sum(id(record) in raised for record in clean)} false alarms of {len(clean)}"] if clean else []
-    if not bad:
+    kinds = {item.name: item for item in detections(_verdict(record, calibration) for record in records)}
+    lines = []
+    if (clean := kinds.get("all clean")) is not None:
+        lines.append(f"clean: {clean.found} false alarms of {clean.runs}")
+    if (backdoored := kinds.get("all backdoored")) is None:
         return lines
-    right = sum(id(record) in raised and record["suspect"] == record["target"] for record in bad)
+    bad = [record for record in records if record["backdoored"]]
     one = [record for record in bad if record["target"] != ALL_TO_ALL]
     collapsed = sum(record["collapse"].index(max(record["collapse"])) == record["target"] for record in one)
-    found = sum(id(record) in raised for record in bad)
     lines.append(
-        f"backdoored: evidence for {found} of {len(bad)}, with the right class for {right}; "
-        f"the class that the unlearned copy collapses to is right for {collapsed} of {len(one)}"
+        f"backdoored: evidence for {backdoored.found} of {backdoored.runs}, with the right class for "
+        f"{backdoored.right}; the class that the unlearned copy collapses to is right for {collapsed} of {len(one)}"
     )
     for name in ("unlearned", "strip"):
         figures = [record["samples"][name] for record in bad]

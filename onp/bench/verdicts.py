@@ -1,4 +1,4 @@
-"""Whether the runs of a table found their backdoors before anything was pruned, beside the truth."""
+"""Whether backdoors were found, beside the truth: misses and false alarms of runs and of detection."""
 
 from __future__ import annotations
 
