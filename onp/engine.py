@@ -27,10 +27,10 @@ from onp.units import UnitIndex
 SPARSE = 32
 """a convolution is updated by channels where at most one in so many of its inputs has changed, or at most two"""
 
-WORKSPACE = 128 << 20
+WORKSPACE = 256 << 20
 """bytes for the activations of the images that go through at a time"""
 
-MASKS = 4
+MASKS = 8
 """masks all of whose activations are kept at the most; more help little, and untouched memory is slow to come by"""
 
 
@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
 class ActivationCache:
     """Activations under a bound of `max_bytes` together; the least recently used give way.
 
-    The bound includes `workspace`, the bytes that the engines need besides while they compute, and leaves a tenth to
+    The bound includes `workspace`, the bytes that the engines need besides while they compute, and leaves a fifth to
     the memory allocator, whose free blocks do not always fit.
     """
 
@@ -63,7 +63,7 @@ class ActivationCache:
 
     @property
     def _limit(self) -> float:
-        return min(0.9 * self.max_bytes - self.workspace, MASKS * sum(self._one_mask.values()))
+        return min(0.8 * self.max_bytes - self.workspace, MASKS * sum(self._one_mask.values()))
 
     def get(self, key: Any) -> list[Any] | None:
         """The value of `key`, chunk by chunk; None where it is not here."""
