@@ -16,13 +16,13 @@ from functools import cached_property
 from importlib import resources
 from typing import Literal
 
-import torch
 from torch import nn
 
 from baselines_rnp.unlearn import unlearn
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
+from onp.layout import fastest_layout
 from onp.logits import logits_of
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
@@ -155,7 +155,7 @@ def find_evidence(
 
     `progress` is called with what comes next. Raises `ModelError` where unlearning diverges, and as `check_skill`.
     """
-    model = model.eval().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+    model = model.eval().to(memory_format=fastest_layout(model))
     check_skill(model, data)
     progress("unlearning a copy")
     unlearned = unlearn(model, data, config.unlearn, seed).model

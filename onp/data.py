@@ -29,6 +29,8 @@ Split = Literal["train", "test"]
 ImageDataset = Dataset[tuple[Tensor, int]]
 NAMED_DATA = ("digits", "cifar10", "fashion_mnist", "gtsrb")
 """data sets that `--data` knows by name; all but `digits` are downloaded by torchvision"""
+GREY = ("digits", "fashion_mnist")
+"""those of one channel"""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 
 from onp.checkpoints import load_checkpoint
 from onp.data import (
+    GREY,
     NAMED_DATA,
     DefenceData,
     ImageDataset,
@@ -203,7 +204,7 @@ def _expected_channels(config: InputConfig) -> int:
         model = build_model(config.model, 3, 1)
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         return first.in_channels if first is not None else 3
-    return 1 if config.data in ("digits", "fashion_mnist") and is_ours(config.model) else 3
+    return 1 if config.data in GREY and is_ours(config.model) else 3
 
 
 def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:

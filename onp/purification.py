@@ -32,6 +32,7 @@ from onp.engine import ActivationCache
 from onp.errors import ConfigError, DataError, ModelError
 from onp.graph import EDGE_FEATURES, FEATURES
 from onp.journal import Journal, Values
+from onp.layout import fastest_layout
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
 from onp.warp_recovery import RecoveredWarp, recover_warp
@@ -115,7 +116,7 @@ class Purification:
         journal_dir: Path | None = None,
     ) -> None:
         self.on_clue: Callable[[str], None] = lambda stage: None
-        self.model = model.eval().to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        self.model = model.eval().to(memory_format=fastest_layout(model))
         self.data, self.config, self.log_dir, self.journal_dir = data, config, log_dir, journal_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
         check_network(model, data)

@@ -99,6 +99,7 @@ def _say(recipe: Recipe, record: dict[str, Any], root: Path) -> None:
         options += f" --trigger {root / recipe.folder / 'trigger.json'}"
     for name, values in (("mean", recipe.mean), ("std", recipe.std)):
         options += f" --{name} {' '.join(map(str, values))}" if values else ""
+    options += f" --image-size {record['image_size']}" if record.get("image_size") else ""
     console.print(f"{recipe.folder} is made; python -m onp.train --data ... {options}", soft_wrap=True)
 
 

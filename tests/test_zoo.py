@@ -309,6 +309,24 @@ def test_the_command_makes_an_entry_and_says_how_to_purify_it(tmp_path: Path, ca
         assert (tmp_path / folder.name / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_grey_images_of_a_folder_are_resized_and_used_in_colour(
+    tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FashionMNIST as a folder: 28 x 28, grey. The network is one that `onp.train` opens on the same folder."""
+    monkeypatch.setitem(table.DATA, "fashion_mnist", replace(DATA["fashion_mnist"], images=128, epochs=1, floor=0.0))
+    for split, count in (("train", 63), ("test", 2)):
+        for number in range(10 * count):
+            path = tmp_path / "images" / split / f"class{number % 10}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (28, 28), 25 * (number % 10)).save(path)
+    name, folder = "fashion_mnist-cifar_vgg16_bn-w4-clean", tmp_path / "images"
+    code, out, _ = call("make", name, "--folders", f"fashion_mnist={folder}", "--root", tmp_path / "zoo")
+    weights = tmp_path / "zoo" / f"{name}-seed0" / "model.safetensors"
+    assert code == 0 and "--image-size 32" in out and json.loads(weights.with_name("entry.json").read_text())["ca"] >= 0
+    inputs = open_inputs(InputConfig("cifar_vgg16_bn-w4", weights, str(folder), image_size=32))
+    assert inputs.defence_data().images.shape == (500, 3, 32, 32)
+
+
 def test_the_list_shows_both_suites(tmp_path: Path, call: Any) -> None:
     code, out, _ = call("list", "--root", tmp_path)
     assert code == 0 and all(name in out for names in SUITES.values() for name in names)

@@ -26,11 +26,14 @@ class DataRecipe:
     """clean accuracy under which a network counts as not trained"""
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    image_size: int | None = None
+    """what images are resized to, for networks made for 32 x 32"""
 
 
 DATA = {
     "cifar10": DataRecipe(10, 24_960, 10, True, 0.70, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "gtsrb": DataRecipe(43, 19_968, 6, False, 0.85, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    "fashion_mnist": DataRecipe(10, 24_960, 4, True, 0.80, image_size=32),
     "digits": DataRecipe(10, 768, 12, False, 0.90),
 }
 FEWER_IMAGES = {"small_vgg": 18_048, "cifar_mobilenet_v2": 14_080}

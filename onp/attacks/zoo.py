@@ -17,12 +17,13 @@ from onp.attacks.adversarial import perturb
 from onp.attacks.augment import crop_and_flip
 from onp.attacks.fitting import Fitting, fit
 from onp.attacks.poisoning import ATTACKS, draw_poisoning
-from onp.attacks.recipes import Recipe
+from onp.attacks.recipes import DATA, Recipe
 from onp.attacks.triggers import Trigger
 from onp.checkpoints import load_checkpoint, read_json, read_tensors, save_weights, write_json, write_tensors
-from onp.data import Normalisation, TensorImages, balanced_order, labels_of, load_dataset
+from onp.data import GREY, Normalisation, TensorImages, balanced_order, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
 from onp.judge import Measurement, measure
+from onp.layout import fastest_layout
 from onp.models import build_model, is_ours
 from onp.seeding import seeded
 
@@ -106,7 +107,8 @@ class Zoo:
         target = trigger.target if trigger else None
         model = fitting.model.to(memory_format=torch.contiguous_format)
         measured = measure(model, images.test, _normalisation(recipe), self.device, trigger, target)
-        figures = {**asdict(measured), "twin_ca": twin_ca, "seconds": fitting.seconds, "classes": images.classes}
+        about = {"seconds": fitting.seconds, "classes": images.classes, "image_size": DATA[recipe.data].image_size}
+        figures = {**asdict(measured), "twin_ca": twin_ca, **about}
         if reason := refusal(recipe, measured, twin_ca):
             return self._finish(recipe, {**figures, "refused": reason})
         save_weights(model, self.root / recipe.folder / "model.safetensors")
@@ -133,11 +135,13 @@ class Zoo:
             if poison is not None:
                 drawn = fixed.of(chosen) if fixed is not None else poison(truth, classes, generator)
                 batch, truth = drawn.apply(batch, generator), drawn.labels
-            inputs = normalise(batch).to(self.device, memory_format=torch.channels_last)
+            inputs = normalise(batch).to(self.device, memory_format=layout)
             return inputs, truth.to(self.device)
 
         with seeded(recipe.seed):
-            model = self._build(recipe, images).to(memory_format=torch.channels_last)
+            model = self._build(recipe, images)
+            layout = fastest_layout(model)
+            model.to(memory_format=layout)
             folder = self.root / recipe.folder
             write_json(folder / "recipe.json", _plain(recipe))
             progress = partial(self.progress, recipe)
@@ -152,7 +156,7 @@ class Zoo:
 
     def _images(self, recipe: Recipe) -> Images:
         """The data of a recipe, read once for consecutive entries that share it."""
-        wanted = (recipe.data, recipe.images, recipe.seed, _channels(recipe))
+        wanted = (recipe.data, recipe.images, recipe.seed, self._channels(recipe))
         if self.loaded is None or self.loaded[0] != wanted:
             self.loaded = None
             self.loaded = wanted, self._load(recipe)
@@ -160,8 +164,8 @@ class Zoo:
 
     def _load(self, recipe: Recipe) -> Images:
         source = self.folders.get(recipe.data, recipe.data)
-        root = self.download_root.expanduser()
-        train, test = (load_dataset(source, split, _channels(recipe), None, root) for split in ("train", "test"))
+        how = self._channels(recipe), DATA[recipe.data].image_size, self.download_root.expanduser()
+        train, test = (load_dataset(source, split, *how) for split in ("train", "test"))
         if train is None or test is None:
             raise DataError(f"{source} has no test/; the zoo measures its entries there")
         labels = torch.tensor(labels_of(train))
@@ -175,6 +179,11 @@ class Zoo:
         )
         images = torch.stack([train[i][0] for i in chosen.tolist()])
         return Images(images, labels[chosen], tests, int(labels.max()) + 1)
+
+    def _channels(self, recipe: Recipe) -> int:
+        """As `onp.train` has it: images of a folder are in colour, whatever they show."""
+        grey = recipe.data in GREY and recipe.data not in self.folders
+        return 1 if grey and is_ours(recipe.model) else 3
 
     def _build(self, recipe: Recipe, images: Images) -> nn.Module:
         return build_model(recipe.model, images.train.shape[1], images.classes).to(self.device)
@@ -199,10 +208,6 @@ def refusal(recipe: Recipe, measured: Measurement, twin_ca: float | None) -> str
     if twin_ca - measured.ca > MOST_CA_LOST:
         return f"CA {measured.ca:.1%} is more than 2 points below the clean twin's {twin_ca:.1%}"
     return None
-
-
-def _channels(recipe: Recipe) -> int:
-    return 1 if recipe.data == "digits" and is_ours(recipe.model) else 3
 
 
 def _normalisation(recipe: Recipe) -> Normalisation:

@@ -1,0 +1,22 @@
+"""Memory layout: where the channels of a network's weights and activations lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from onp.tracing import CONVOLUTIONS
+
+NARROW = 8
+"""channels below which a strided 1 x 1 convolution keeps a network from lying channels last"""
+
+
+def fastest_layout(model: nn.Module) -> torch.memory_format:
+    """Channels last, which is a quarter faster on a CPU; contiguous where that is not safe.
+
+    oneDNN's gradient of the weights of strided 1 x 1 convolutions over few channels writes beyond its buffer where they
+    lie last (seen with PyTorch 2.14 on a processor with AVX2 and no AVX-512: heap corruption below 8 channels).
+    """
+    narrow = (module for module in model.modules() if isinstance(module, CONVOLUTIONS) and module.in_channels < NARROW)
+    unsafe = any(max(module.stride) > 1 == max(module.kernel_size) for module in narrow)
+    return torch.contiguous_format if unsafe else torch.channels_last
