@@ -31,6 +31,8 @@ NAMED_DATA = ("digits", "cifar10", "fashion_mnist", "gtsrb")
 """data sets that `--data` knows by name; all but `digits` are downloaded by torchvision"""
 GREY = ("digits", "fashion_mnist")
 """those of one channel"""
+IN_MEMORY = 1 << 30
+"""bytes of images that are read once and kept, rather than read again"""
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,14 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.targets[index])
+
+
+def in_memory(dataset: ImageDataset, most: int = IN_MEMORY) -> ImageDataset:
+    """The same images held in memory, where they take at most so many bytes; else `dataset` itself."""
+    labels = labels_of(dataset)
+    if isinstance(dataset, TensorImages) or len(labels) * dataset[0][0].nbytes > most:
+        return dataset
+    return TensorImages(torch.cat([images for images, _ in batches(dataset)]), torch.tensor(labels))
 
 
 def labels_of(dataset: ImageDataset) -> list[int]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch.utils.data import Subset
 
 from baselines_rnp.rnp import threshold_masks
 from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json
-from onp.data import ImageDataset, labels_of
+from onp.data import ImageDataset, in_memory, labels_of
 from onp.errors import ConfigError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure
+from onp.layout import fastest_layout
 from onp.masks import KeepMask, masked
 from onp.purification import METHODS, MethodResult
 from onp.run_folder import RunFolder
@@ -65,7 +67,7 @@ class Judge:
 
     def __init__(self, inputs: Inputs, trigger: Path | None) -> None:
         self.inputs = inputs
-        self.model: nn.Module = copy.deepcopy(inputs.model)
+        self.model: nn.Module = copy.deepcopy(inputs.model).to(memory_format=fastest_layout(inputs.model))
         self.dataset: ImageDataset | None = inputs.dataset("test")
         self.trigger = None
         if trigger is not None:
@@ -82,14 +84,19 @@ class Judge:
 
     def of(self, model: nn.Module, limit: int | None = None) -> Measurement | None:
         """Measure a network, as masks are."""
-        if self.dataset is None:
+        dataset, config = self._images, self.inputs.config
+        if dataset is None:
             return None
-        images, config = len(labels_of(self.dataset)), self.inputs.config
-        dataset: ImageDataset = self.dataset
+        images = len(labels_of(dataset))
         if limit is not None and limit < images:  # evenly spread, since folders come class by class
             dataset = Subset(dataset, [number * images // limit for number in range(limit)])
         target = self.trigger.target if self.trigger else None
         return measure(model, dataset, config.normalisation, self.inputs.device, self.trigger, target)
+
+    @cached_property
+    def _images(self) -> ImageDataset | None:
+        """The test images, which every mask needs again, in memory where they are few."""
+        return in_memory(self.dataset) if self.dataset is not None else None
 
 
 def make_rows(folder: RunFolder, judge: Judge, index: UnitIndex) -> list[Row]:

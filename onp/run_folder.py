@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,17 @@ class RunFolder:
             record["learning_curve"] = dataclasses.asdict(result.curve)
         write_json(self.file("methods", f"{result.method}.json"), record)
         (self.journal_dir / result.method).unlink(missing_ok=True)
+
+    def adopt(self, other: RunFolder, methods: Iterable[str]) -> None:
+        """Copy what `methods` found in a run with the same subject, unless this one has begun."""
+        if self.file("subject.json").exists() or not other.file("subject.json").exists():
+            return
+        names = ["subject.json", "rnp_mask_values.safetensors"]
+        for method in (method for method in methods if other.has(method)):
+            names += [f"stages/{method}.safetensors", f"masks/{method}.json", f"methods/{method}.json"]
+        for name in names:
+            if other.file(name).exists():
+                write_atomically(self.file(name), partial(shutil.copyfile, other.file(name)))
 
     def weights(self, stage: str) -> Path:
         """The weights that a stage behind a method learned."""

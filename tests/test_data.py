@@ -20,6 +20,7 @@ from onp.data import (
     batches,
     class_count,
     draw_defence_data,
+    in_memory,
     labels_of,
     load_dataset,
     random_crop_and_flip,
@@ -339,3 +340,15 @@ def test_random_crop_and_flip_depends_on_the_seed_alone() -> None:
     assert torch.equal(torch.rand(3), after), "the global generator is left alone"
     assert torch.equal(random_crop_and_flip(images, 7), first)
     assert not torch.equal(random_crop_and_flip(images, 8), first)
+
+
+def test_few_images_are_read_once(folder: Path) -> None:
+    dataset = opened(folder, "test")
+    held = in_memory(dataset)
+    assert labels_of(held) == labels_of(dataset) and in_memory(held) is held
+    assert in_memory(dataset, most=3 * 3 * 6 * 6 * 4 - 1) is dataset
+    (images, labels), (again, _) = next(batches(dataset)), next(batches(held))
+    for path in folder.rglob("test/*/*.png"):
+        path.unlink()
+    assert torch.equal(images, again) and torch.equal(next(batches(held))[0], images)
+    assert labels.tolist() == labels_of(held)

@@ -341,6 +341,13 @@ def test_cells_are_the_rows_of_the_runs(made: tuple[Path, str]) -> None:
         assert (cell["asr"] is None) == (name == "clean")
 
 
+def test_what_no_budget_changes_is_done_once(made: tuple[Path, str]) -> None:
+    """To the second: RNP's seconds too are those of the first budget's run."""
+    for name in ("subject.json", "methods/rnp.json", "masks/rnp.json", "methods/rnp_oracle.json"):
+        first, second = ((made[0] / f"tiny-seed0-budget{budget}" / name).read_bytes() for budget in BUDGETS)
+        assert first == second
+
+
 def test_verdicts_are_those_of_the_runs_once_a_network_and_seed(made: tuple[Path, str]) -> None:
     out, printed = made
     lines = (out / "table.md").read_text().splitlines()
