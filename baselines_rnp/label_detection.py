@@ -66,18 +66,19 @@ class Evidence:
     untargeted: UntargetedTrigger
     clean_accuracy: float
     """fraction of the clean images that the network classifies as labelled"""
+    masks_alone: bool = False
+    """whether masks were conclusive, and neither warps nor triggers without a target were looked for"""
 
     @property
     def outliers(self) -> dict[Family, float]:
         """By family, how far its smallest trigger stands out (`outlier`): the untargeted mask from those of classes."""
-        height, width = self.mask.masks.shape[2:]
-        # A mask can cover the whole image; a warp by more than an eighth of its height is no hidden trigger. Where less
-        # than a pixel (a twentieth, for a warp at 32 pixels) leads to a class, images are sent there without it.
-        masks, warps = (1.0, float(height * width)), (height / 640, height / 8)
+        height = self.mask.masks.shape[2]
+        # A warp by more than an eighth of the image's height is no hidden trigger; see `limits` for the other end.
+        warps = height / 640, height / 8
         return {
-            "mask": outlier(min(self.mask.sizes), runner_up(self.mask.sizes), *masks),
+            "mask": mask_outlier(self.mask),
             "warp": outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *warps),
-            "all-to-all": outlier(self.untargeted.size, min(self.mask.sizes), *masks),
+            "all-to-all": outlier(self.untargeted.size, min(self.mask.sizes), *limits(self.mask)),
         }
 
     @property
@@ -144,6 +145,24 @@ def outlier(size: float, rival: float, least: float, most: float) -> float:
     return max(math.log(second / first), 0.0)
 
 
+def limits(mask: RecoveredTrigger) -> tuple[float, float]:
+    """The least and the largest size that a mask counts as, in pixels.
+
+    It can cover the whole image; where less than a pixel leads to a class, images are sent there without it.
+    """
+    return 1.0, float(mask.masks[0].numel())
+
+
+def mask_outlier(mask: RecoveredTrigger) -> float:
+    """How far the smallest mask of a class stands out from those of the others."""
+    return outlier(min(mask.sizes), runner_up(mask.sizes), *limits(mask))
+
+
+def conclusive(mask: RecoveredTrigger, probability: float) -> bool:
+    """Whether the masks of classes alone speak for a backdoor with so much probability."""
+    return Calibration.of_package()(mask_outlier(mask)) >= probability
+
+
 def find_evidence(
     model: nn.Module,
     data: DefenceData,
@@ -153,7 +172,8 @@ def find_evidence(
 ) -> Evidence:
     """Unlearn a copy and recover triggers of every class, from clean images alone; `model` stays as it is.
 
-    `progress` is called with what comes next. Raises `ModelError` where unlearning diverges, and as `check_skill`.
+    Where masks are conclusive, as most patches are, nothing else is looked for. `progress` is called with what comes
+    next. Raises `ModelError` where unlearning diverges, and as `check_skill`.
     """
     model = model.eval().to(memory_format=fastest_layout(model))
     check_skill(model, data)
@@ -161,11 +181,12 @@ def find_evidence(
     unlearned = unlearn(model, data, config.unlearn, seed).model
     progress("recovering masks")
     mask = recover_trigger(model, data, config.recovery, seed)
+    if conclusive(mask, config.recovery.conclusive):
+        return weigh(model, data, unlearned, mask, None, None)
     progress("all-to-all mask")
     untargeted = recover_untargeted_trigger(model, data, config.recovery, seed)
     progress("recovering warps")
-    warp = recover_warp(model, data, config.warp, seed)
-    return weigh(model, data, unlearned, mask, untargeted, warp)
+    return weigh(model, data, unlearned, mask, untargeted, recover_warp(model, data, config.warp, seed))
 
 
 def weigh(
@@ -173,11 +194,19 @@ def weigh(
     data: DefenceData,
     unlearned: nn.Module,
     mask: RecoveredTrigger,
-    untargeted: UntargetedTrigger,
-    warp: RecoveredWarp,
+    untargeted: UntargetedTrigger | None,
+    warp: RecoveredWarp | None,
 ) -> Evidence:
-    """The evidence in an unlearned copy and recovered triggers of `model`."""
-    return Evidence(unlearned, collapse(unlearned, data), mask, warp, untargeted, clean_accuracy(model, data))
+    """The evidence in an unlearned copy and recovered triggers of `model`; None are those that were not looked for."""
+    return Evidence(
+        unlearned,
+        collapse(unlearned, data),
+        mask,
+        warp or RecoveredWarp.none(data),
+        untargeted or UntargetedTrigger.none(data),
+        clean_accuracy(model, data),
+        masks_alone=untargeted is None,
+    )
 
 
 def clean_accuracy(model: nn.Module, data: DefenceData) -> float:

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from baselines_rnp.label_detection import conclusive
 from baselines_rnp.unlearn import unlearn
 from envs.actions import ActionSet
 from envs.rewards import TERMS, Clues, Objective
@@ -41,6 +42,7 @@ def find_clues(
 ) -> Clues:
     """Make from clean data what the reward needs: the unlearned copy and the recovered triggers.
 
+    Where the masks of classes are conclusive, none without a target is looked for: it could not be trusted more.
     `progress` is called with what comes next.
     """
     journal = journal or Journal()
@@ -52,9 +54,12 @@ def find_clues(
     device, recovery = data.images.device, config.recovery
     progress("recovering masks")
     mask = journal.recall("trigger", lambda: recover_trigger(model, data, recovery, seed).tensors())
+    trigger = RecoveredTrigger.of_tensors(mask, device)
+    if conclusive(trigger, recovery.conclusive):
+        return Clues(unlearned, trigger)
     progress("all-to-all mask")
     untargeted = journal.recall("untargeted", lambda: recover_untargeted_trigger(model, data, recovery, seed).tensors())
-    return Clues(unlearned, RecoveredTrigger.of_tensors(mask, device), UntargetedTrigger.of_tensors(untargeted, device))
+    return Clues(unlearned, trigger, UntargetedTrigger.of_tensors(untargeted, device))
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):

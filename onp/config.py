@@ -55,6 +55,9 @@ class TriggerRecoveryConfig:
     """images per class and step"""
     size_weight: float = 1e-3
     """first weight of a mask's size; raised by half whenever success passes 98 %, lowered below 95 %"""
+    conclusive: float = 0.95
+    """probability of a backdoor by the masks of classes alone, from which triggers without a target and warps are not
+    looked for; above 1 they always are"""
 
 
 @dataclass(frozen=True)

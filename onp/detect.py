@@ -109,6 +109,8 @@ def show(record: dict[str, Any]) -> None:
         sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("mask", "warp"))
         table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
+    if record["masks_alone"]:
+        console.print("The masks say enough: neither warps nor masks without a target were looked for.")
     size = record["untargeted_mask"]
     if size is not None:
         console.print(

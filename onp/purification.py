@@ -163,13 +163,16 @@ class Purification:
         if not self.config.always:
             check_skill(self.model, self.data)
         clues, seconds = self.timed_clues
-        assert clues.untargeted is not None  # `find_clues` recovers it
-        start, journal, config = time.perf_counter(), self._journal("clues"), self.config
-        self.on_clue("recovering warps")
-        found = journal.recall("warp", lambda: recover_warp(self.model, self.data, config.warp, config.seed).tensors())
-        warp = RecoveredWarp.of_tensors(found, self.data.images.device)
+        start, journal = time.perf_counter(), self._journal("clues")
+        warp = self._recover_warp(journal) if clues.untargeted is not None else None  # else the masks are conclusive
         evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, clues.untargeted, warp)
         return evidence, seconds + time.perf_counter() - start + journal.seconds
+
+    def _recover_warp(self, journal: Journal) -> RecoveredWarp:
+        model, data, config = self.model, self.data, self.config
+        self.on_clue("recovering warps")
+        found = journal.recall("warp", lambda: recover_warp(model, data, config.warp, config.seed).tensors())
+        return RecoveredWarp.of_tensors(found, data.images.device)
 
     @property
     def left_alone(self) -> bool:

@@ -29,6 +29,7 @@ def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
         "confidence": evidence.confidence,
         "suspect": suspect,
         "kind": evidence.family,
+        "masks_alone": evidence.masks_alone,
         "outliers": evidence.outliers,
         "agreement": evidence.agreement(suspect) if suspect is not None else None,
         "untargeted_mask": finite(evidence.untargeted.size),

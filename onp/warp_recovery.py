@@ -38,6 +38,12 @@ class RecoveredWarp:
         return {"flow": self.flow.cpu(), "sizes": torch.tensor(self.sizes, dtype=torch.float64)}
 
     @classmethod
+    def none(cls, data: DefenceData) -> RecoveredWarp:
+        """No warp, as where none works or none was looked for."""
+        flow = torch.zeros(2, *data.input_shape[1:], device=data.images.device)
+        return cls(0, flow, (float("inf"),) * data.num_classes)
+
+    @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredWarp:
         """The inverse of `tensors`."""
         sizes = tensors["sizes"]

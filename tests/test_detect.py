@@ -126,6 +126,8 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert code == 3 and "Evidence of a backdoor towards class 2 (<i>2), by a mask" in out
     record = json.loads(record_file.read_text())
     assert (record["verdict"], record["target"]) == ("evidence", 2) and record["confidence"] >= 0.5
+    assert record["masks_alone"] and "The masks say enough" in out and "Mask without a target" not in out
+    assert all(row["warp"] is None for row in record["classes"]) and record["untargeted_mask"] is None
     sizes = [row["mask"] for row in record["classes"]]
     assert sizes[2] < 1 < min(sizes[:2]), "one pixel is enough"
     assert sum(row["collapse"] for row in record["classes"]) == pytest.approx(1)
@@ -145,6 +147,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert "From the network (Neural Cleanse)" in page.text and "Through the unlearned copy (RNP)" in page.text
     assert "<i>2" in page.text and record["checkpoint_sha256"] in page.text
     assert not re.search(r"url\(|@import", page_file.read_text())
+    assert "the masks say enough" in page.text and "agreement" in page.text and "spread" not in page.text
 
 
 def test_a_clean_network_is_no_evidence(folder: Path) -> None:

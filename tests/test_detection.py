@@ -14,7 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from baselines_rnp.label_detection import Calibration, Evidence, collapse, find_evidence, outlier, runner_up
+from baselines_rnp.label_detection import (
+    Calibration,
+    Evidence,
+    collapse,
+    conclusive,
+    find_evidence,
+    outlier,
+    runner_up,
+    weigh,
+)
 from baselines_rnp.patch_recovery import recover_patches, success
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
@@ -111,6 +120,46 @@ def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
     assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy collapses there"
     far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
+
+
+def masks(*sizes: float) -> RecoveredTrigger:
+    """Masks of so many pixels of 64, the smallest with a picture."""
+    picture = torch.zeros(1, 1, 8, 8)
+    return RecoveredTrigger(sizes.index(min(sizes)), picture, picture, sizes)
+
+
+def test_masks_alone_are_conclusive_from_a_confidence_on() -> None:
+    assert conclusive(masks(40.0, 4.0, 30.0), 0.95) and not conclusive(masks(40.0, 4.0, 30.0), 1.01)
+    assert not conclusive(masks(40.0, 20.0, 30.0), 0.95)
+    for rival in range(5, 64):
+        mask = masks(4.0, float(rival), 64.0)
+        assert mask.trust == 1 or not conclusive(mask, 0.95), "no trigger without a target could lead the reward"
+
+
+def test_what_was_not_looked_for_says_nothing() -> None:
+    network, images = linear(torch.eye(3, 64)), DefenceData(torch.rand(6, 1, 8, 8), torch.arange(6) % 3, 3)
+    found = weigh(network, images, network, mask := masks(40.0, 4.0, 30.0), None, None)
+    assert found.masks_alone and found.mask is mask and (found.family, found.suspect) == ("mask", 1)
+    assert found.strengths == {"mask": pytest.approx(math.log(30 / 4)), "warp": 0, "all-to-all": 0}
+
+
+def test_nothing_else_is_looked_for_where_masks_are_conclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("this was not to be looked for")
+
+    images = torch.rand(30, 1, 8, 8)
+    network = linear(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
+    data = DefenceData(images, network(images).argmax(1).detach(), 3)
+    monkeypatch.setattr("baselines_rnp.label_detection.check_skill", lambda *_: None)
+    monkeypatch.setattr("baselines_rnp.label_detection.recover_trigger", lambda *_: masks(40.0, 4.0, 30.0))
+    for name in ("recover_untargeted_trigger", "recover_warp"):
+        monkeypatch.setattr(f"baselines_rnp.label_detection.{name}", never)
+    config, stages = DetectionConfig(), list[str]()
+    assert find_evidence(network, data, config, 0, stages.append).masks_alone
+    assert stages == ["unlearning a copy", "recovering masks"]
+    always = replace(config, recovery=replace(config.recovery, conclusive=1.01))
+    with pytest.raises(AssertionError, match="not to be looked for"):
+        find_evidence(network, data, always, 0)
 
 
 def test_a_mask_that_sends_every_class_to_one_of_its_own_is_all_to_all() -> None:

@@ -544,6 +544,18 @@ def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, t
     assert (tmp_path / "clues").stat().st_size == size
 
 
+def test_where_masks_are_conclusive_neither_reward_nor_verdict_has_more(
+    data: DefenceData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (2.0, 20.0, 30.0))
+    monkeypatch.setattr("envs.pruning.recover_trigger", lambda *_: masks)
+    for name in ("envs.pruning.recover_untargeted_trigger", "onp.purification.recover_warp"):
+        monkeypatch.setattr(name, None)
+    purification = Purification(network(), data, QUICK)
+    assert purification.timed_clues[0].untargeted is None and purification.timed_clues[0].trusts == (1, 0)
+    assert purification.timed_evidence[0].masks_alone and purification.timed_evidence[0].suspect == 0
+
+
 def test_where_there_is_nothing_to_judge_nothing_is_pruned_but_on_demand(data: DefenceData) -> None:
     """A network that always says the same would have a trigger of no size."""
     same = network()
