@@ -153,7 +153,7 @@ class Subject:
     def learner(self, method: str) -> tuple[nn.Module, KeepMask]:
         """The network that a method left, and what of it stays pruned. Raises `ConfigError` where there is none."""
         name, kept = method.removesuffix(HELD), KeepMask.all_kept(self.index)
-        network = copy.deepcopy(self.judges[method == TWIN].model)
+        network = copy.deepcopy(self.judges[method == TWIN].inputs.model)
         mask = kept if name in ("backdoored", TWIN) else self.folder.load_mask(name, self.index)
         if mask is None:
             raise ConfigError(f"{self.folder.path} has no mask of {name!r}; give --methods that it has")
