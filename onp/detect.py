@@ -103,10 +103,11 @@ def show(record: dict[str, Any]) -> None:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("class", no_wrap=True)
-    for name in ("mask, pixels", "warp, pixels", "collapse"):
+    looked_for = ("mask",) if record["masks_alone"] else ("mask", "warp")
+    for name in (*(f"{name}, pixels" for name in looked_for), "collapse"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in by_suspicion(record)[:SHOWN]:
-        sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("mask", "warp"))
+        sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in looked_for)
         table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
     if record["masks_alone"]:

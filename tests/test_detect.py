@@ -128,6 +128,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert (record["verdict"], record["target"]) == ("evidence", 2) and record["confidence"] >= 0.5
     assert record["masks_alone"] and "The masks say enough" in out and "Mask without a target" not in out
     assert all(row["warp"] is None for row in record["classes"]) and record["untargeted_mask"] is None
+    assert "mask, pixels" in out and "warp, pixels" not in out
     sizes = [row["mask"] for row in record["classes"]]
     assert sizes[2] < 1 < min(sizes[:2]), "one pixel is enough"
     assert sum(row["collapse"] for row in record["classes"]) == pytest.approx(1)
@@ -148,16 +149,18 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert "<i>2" in page.text and record["checkpoint_sha256"] in page.text
     assert not re.search(r"url\(|@import", page_file.read_text())
     assert "the masks say enough" in page.text and "agreement" in page.text and "spread" not in page.text
+    assert "smallest mask, pixels" in page.text and "smallest warp, pixels" not in page.text
 
 
 def test_a_clean_network_is_no_evidence(folder: Path) -> None:
     record_file, page_file = folder / "out" / "clean.json", folder / "out" / "clean.html"
     code, out = run(folder, "--json", f"{record_file}", "--html", f"{page_file}", checkpoint="clean")
-    assert code == 0 and "No evidence of a backdoor" in out
+    assert code == 0 and "No evidence of a backdoor" in out and "warp, pixels" in out
     record = json.loads(record_file.read_text())
     assert (record["verdict"], record["target"], record["samples"]) == ("none", None, None)
     assert record["confidence"] < 0.5 and record["suspicious_units"] == []
-    assert "No evidence of a backdoor" in Page(page_file.read_text()).text
+    text = Page(page_file.read_text()).text
+    assert "No evidence of a backdoor" in text and "smallest warp, pixels" in text
 
 
 def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Path) -> None:
