@@ -18,14 +18,15 @@ def test_the_engine_is_measured_beside_plain_passes(
 ) -> None:
     out = tmp_path / "figures.json"
     options = {"--networks": "small_cnn", "--images": 24, "--masks": 7, "--threads": 1, "--cache-gib": 1, "--json": out}
+    options["--devices"] = "cpu"
     parts = [str(part) for option in options.items() for part in option]
     monkeypatch.setattr(sys, "argv", ["onp.bench", "engine", *parts])
     with pytest.raises(SystemExit) as stop:
         bench.main()
     assert not stop.value.code
     rows = json.loads(out.read_text())
-    assert [(row["network"], row["sequence"]) for row in rows] == [
-        ("small_cnn", name) for name in ("ppo", "added", "random")
+    assert [(row["network"], row["device"], row["sequence"]) for row in rows] == [
+        ("small_cnn", "cpu", name) for name in ("ppo", "added", "random")
     ]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["engine_per_second"] / row["naive_per_second"])

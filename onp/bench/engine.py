@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache, Engine
 from onp.errors import ConfigError
+from onp.inputs import torch_device
 from onp.masks import KeepMask, masked
 from onp.models import build_model
 from onp.trigger_recovery import RecoveredTrigger
@@ -55,8 +57,8 @@ class EngineBenchConfig:
     """masks per sequence"""
     threads: int = 2
     """CPU threads"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    devices: tuple[Literal["cpu", "cuda"], ...] = ()
+    """where to measure; by default on the CPU, and on a GPU where there is one"""
     cache_gib: float = EnvConfig.cache_gib
     """memory bound of the engine, GiB"""
     seed: int = 0
@@ -70,6 +72,7 @@ class Row:
     """One network under one sequence of masks."""
 
     network: str
+    device: str
     sequence: Sequence
     naive_per_second: float
     engine_per_second: float
@@ -89,9 +92,9 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
         raise ConfigError(
             f"--checkpoint {config.checkpoint} fits one network; give one in --networks, not {config.networks}"
         )
-    device = torch.device(config.device)
+    devices = [torch_device(name) for name in config.devices or ("cpu", "cuda")[: 1 + torch.cuda.is_available()]]
     rows: list[Row] = []
-    for name in config.networks:
+    for name, device in product(config.networks, devices):
         torch.manual_seed(config.seed)
         model = build_model(name, SHAPE[0], 10).eval()
         if config.checkpoint is not None:
@@ -174,7 +177,8 @@ class _Bench:
         engine.logits(masks[-1])
         remembered = self.seconds(partial(engine.logits, masks[-1]))
         naive, quick = 1 / float(np.mean(slow)), 1 / float(np.mean(fast))
-        return Row(self.name, sequence, naive, quick, quick / naive, 1 / remembered, deviation, peak[0])
+        device = self.images.device.type
+        return Row(self.name, device, sequence, naive, quick, quick / naive, 1 / remembered, deviation, peak[0])
 
     def loss(self, logits: Tensor) -> float:
         return float(self.data.cross_entropy(logits.double()))
@@ -215,12 +219,12 @@ class _Bench:
         work, size = counter.get_total_flops() / 2, 2048
         square = torch.rand(size, size, device=self.images.device)
         block = torch.rand(1 << 26, device=self.images.device)
-        product = size**3 / min(self.seconds(lambda: square @ square) for _ in range(5))
+        rate = size**3 / min(self.seconds(lambda: square @ square) for _ in range(5))
         copied = 2 * block.nbytes / min(self.seconds(block.clone) for _ in range(5))
         table.add_section()
         table.add_row("multiply-adds of a plain evaluation", f"{work / 1e9:.1f} G")
         table.add_row("the same per second", f"{work / naive / 1e9:.0f} G")
-        table.add_row("multiply-adds per second of a matrix product", f"{product / 1e9:.0f} G")
+        table.add_row("multiply-adds per second of a matrix product", f"{rate / 1e9:.0f} G")
         table.add_row("activations kept for one mask", f"{engine.one_mask / 1e6:.0f} MB")
         table.add_row("bytes per second of a copy, read and written", f"{copied / 1e9:.1f} GB")
         console.print(table)
