@@ -22,8 +22,8 @@ from onp.masks import KeepMask
 from onp.purification import MethodResult
 from onp.units import UnitIndex
 
-LATER = ("stages",)
-"""options that a finished run can be given later, and that are no part of its record"""
+UNRECORDED = ("stages", "run_dir")
+"""options that change nothing about what a run is: a finished one can be given stages, and be moved"""
 
 
 class RunFolder:
@@ -37,13 +37,13 @@ class RunFolder:
 
     @classmethod
     def create_or_resume(cls, path: Path, options: Any, option: str = "--run-dir") -> RunFolder:
-        """Record `options` (a dataclass) without `LATER` in a new folder, or check that an old one has the same.
+        """Record `options` (a dataclass) in a new folder, or check that an old one has the same, but for `UNRECORDED`.
 
         Raises `ConfigError`, naming the `option`, where they differ or where the folder holds something else.
         """
         folder = cls(path)
         wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-        wanted = {name: value for name, value in wanted.items() if name not in LATER}
+        wanted = {name: value for name, value in wanted.items() if name not in UNRECORDED}
         if folder.file("config.json").exists():
             recorded = folder.options()
             before, now = _flat(recorded), _flat(wanted)

@@ -71,9 +71,9 @@ def _content(path: Path) -> Any:
 
 
 def _timeless(content: Any) -> Any:
-    """JSON without seconds, and without the folder that it lies in."""
+    """JSON without seconds."""
     if isinstance(content, dict):
-        return {key: _timeless(value) for key, value in content.items() if key not in ("seconds", "run_dir")}
+        return {key: _timeless(value) for key, value in content.items() if key != "seconds"}
     return [_timeless(item) for item in content] if isinstance(content, list) else content
 
 

@@ -293,6 +293,12 @@ def test_the_same_command_again_changes_nothing(run: Path, patient: Patient) -> 
     assert contents(run) == before
 
 
+def test_a_run_may_be_moved(run: Path, patient: Patient, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    code, out, err = call(TrainConfig, train, patient.job(moved, *patient.trigger))
+    assert (code, err) == (0, "") and "complete" in out and contents(moved) == contents(run)
+
+
 def test_other_options_on_the_same_folder_are_refused(run: Path, patient: Patient) -> None:
     before = contents(run)
     code, _, err = call(TrainConfig, train, patient.job(run, *patient.trigger, budget=BUDGET + 1))
