@@ -108,15 +108,16 @@ class RunFolder:
         (self.journal_dir / result.method).unlink(missing_ok=True)
 
     def adopt(self, other: RunFolder, methods: Iterable[str]) -> None:
-        """Copy what `methods` found in a run with the same subject, unless this one has begun."""
-        if self.file("subject.json").exists() or not other.file("subject.json").exists():
+        """Copy what `methods` found in a run with the same subject, and this one lacks."""
+        subject = "subject.json"
+        if not other.file(subject).exists() or read_json(other.file(subject)) != read_json(self.file(subject)):
             return
-        names = ["subject.json", "rnp_mask_values.safetensors"]
-        for method in (method for method in methods if other.has(method)):
-            names += [f"stages/{method}.safetensors", f"masks/{method}.json", f"methods/{method}.json"]
-        for name in names:
-            if other.file(name).exists():
-                write_atomically(self.file(name), partial(shutil.copyfile, other.file(name)))
+        for method in (method for method in methods if other.has(method) and not self.has(method)):
+            found = [f"stages/{method}.safetensors", f"masks/{method}.json"]
+            values = ["rnp_mask_values.safetensors"] if method == "rnp" else []
+            for name in (*values, *found, f"methods/{method}.json"):
+                if other.file(name).exists():
+                    write_atomically(self.file(name), partial(shutil.copyfile, other.file(name)))
 
     def weights(self, stage: str) -> Path:
         """The weights that a stage behind a method learned."""

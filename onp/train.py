@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,11 @@ from onp.masks import apply_mask
 from onp.purification import CLUES, METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, Row, add_stage_rows, make_rows, make_table, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
-from onp.stages import StageName, rows_of, run_stage
+from onp.stages import STAGES, StageName, rows_of, run_stage
 from onp.verdict import headline, make_verdict
+
+UNSPENDING = ("rnp", "rnp_oracle", *(row for rows in STAGES.values() for row, base in rows.items() if base == "rnp"))
+"""rows that spend no reward evaluations, and so are the same with every budget"""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,13 @@ def train(config: TrainConfig) -> None:
     _show(complete_run(config, console))
 
 
-def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None = None) -> RunFolder:
+def complete_run(
+    config: TrainConfig, console: Console, journal_dir: Path | None = None, others: Sequence[RunFolder] = ()
+) -> RunFolder:
     """Do what is left of a run: purify, judge, write the report, add stages. `console` shows how far it is.
 
     Journals of what is computed lie in `journal_dir`, which runs may share and the caller removes; or in the run folder
-    until the run is done.
+    until the run is done. What no budget changes is copied from `others`, where they have it.
     """
     config = replace(config.resolved(), run_dir=_run_dir(config))
     assert config.run_dir is not None
@@ -68,7 +74,7 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
             )
         if not missing_stages(config):
             console.print(f"This run is complete: {folder.path}")
-        _add_stages(config, folder, console)
+        _add_stages(config, folder, console, others)
         return folder
     inputs = open_inputs(config)
     judge = Judge(inputs, config.trigger)
@@ -78,15 +84,21 @@ def complete_run(config: TrainConfig, console: Console, journal_dir: Path | None
         inputs = _make_demonstration(config, folder, inputs, console)
         judge = Judge(inputs, trigger_path(folder.options(), folder))
         purification = Purification(inputs.model, inputs.defence_data(), config)
-    folder.bind(purification.subject)
+    _bind(folder, purification, others)
     purification.log_dir, purification.journal_dir = folder.file("tensorboard"), journal_dir or folder.journal_dir
     print_untraced(purification.index, console)
     _defend(folder, inputs, purification, console)
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
     write_report(folder, judge, purification.index, rows, _facts(inputs, judge, folder, purification))
-    _add_stages(config, folder, console)
+    _add_stages(config, folder, console, others)
     return folder
+
+
+def _bind(folder: RunFolder, purification: Purification, others: Sequence[RunFolder]) -> None:
+    folder.bind(purification.subject)
+    for other in others:
+        folder.adopt(other, UNSPENDING)
 
 
 def missing_stages(config: TrainConfig) -> list[str]:
@@ -96,14 +108,14 @@ def missing_stages(config: TrainConfig) -> list[str]:
     return [row for row in rows_of(config.stages) if row not in {known["method"] for known in report["rows"]}]
 
 
-def _add_stages(config: TrainConfig, folder: RunFolder, console: Console) -> None:
+def _add_stages(config: TrainConfig, folder: RunFolder, console: Console, others: Sequence[RunFolder]) -> None:
     """Run the stages that a finished run lacks, judge them, and write the report anew."""
     missing = missing_stages(config)
     if not missing:
         return
     inputs = open_inputs(patient(config, folder))
     purification = Purification(inputs.model, inputs.defence_data(), config)
-    folder.bind(purification.subject)
+    _bind(folder, purification, others)
     for row in missing:
         if not folder.has(row):
             console.print(f"{LABELS[row]} ...")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,9 @@ from onp.errors import ConfigError
 from onp.evaluate import EvaluateConfig, evaluate
 from onp.judge import Measurement, Target
 from onp.masks import KeepMask
+from onp.report import LABELS
+from onp.run_folder import RunFolder
+from onp.train import UNSPENDING
 
 NETWORK = """
 from torch import nn
@@ -348,6 +352,30 @@ def test_what_no_budget_changes_is_done_once(made: tuple[Path, str]) -> None:
         assert first == second
 
 
+def test_only_what_a_run_of_the_same_subject_found_is_copied(made: tuple[Path, str], tmp_path: Path) -> None:
+    source = RunFolder(made[0] / f"tiny-seed0-budget{BUDGETS[0]}")
+    same = json.loads(source.file("subject.json").read_text())["sha256"]
+    for subject, copied in (("another", set[str]()), (same, {"rnp", "rnp_oracle"})):
+        folder = RunFolder(tmp_path / subject)
+        folder.bind(subject)
+        folder.adopt(source, UNSPENDING)
+        assert {method for method in LABELS if folder.has(method)} == copied
+        assert folder.file("rnp_mask_values.safetensors").exists() == bool(copied)
+        assert json.loads(folder.file("subject.json").read_text()) == {"sha256": subject}
+    mine = folder.file("methods", "rnp.json")
+    mine.write_text("{}")
+    folder.adopt(source, UNSPENDING)
+    assert mine.read_text() == "{}", "what is there stays"
+
+
+def test_stages_of_finished_runs_are_done_once_too(made: tuple[Path, str], folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made[0], tmp_path / "out"))
+    call(folder, out, *BOTH, "--stages", "finetune")
+    for name in ("methods/rnp_finetuned.json", "stages/rnp_finetuned.safetensors"):
+        first, second = ((out / f"tiny-seed0-budget{budget}" / name).read_bytes() for budget in BUDGETS)
+        assert first == second
+
+
 def test_verdicts_are_those_of_the_runs_once_a_network_and_seed(made: tuple[Path, str]) -> None:
     out, printed = made
     lines = (out / "table.md").read_text().splitlines()
@@ -440,7 +468,7 @@ def test_any_exception_is_the_matter_of_its_run(
 ) -> None:
     complete, seen = onp.bench.table.complete_run, list[set[str]]()
 
-    def failing(options: Any, console: Any, journal_dir: Path) -> Any:
+    def failing(options: Any, console: Any, journal_dir: Path, others: Any) -> Any:
         if options.run_dir.name.startswith("clean"):
             seen.append({cell["model"] for cell in table(tmp_path)["cells"]})
             raise RuntimeError("CUDA out\nof memory")

@@ -20,7 +20,6 @@ from onp.commands import console
 from onp.errors import ConfigError, OnpError
 from onp.inputs import InputConfig
 from onp.purification import PurifyConfig
-from onp.report import LABELS
 from onp.run_folder import RunFolder
 from onp.stages import StageName
 from onp.train import TrainConfig, complete_run, missing_stages
@@ -95,10 +94,10 @@ def run_table(config: TableConfig) -> int:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror}); give another") from error
     outcomes = dict[Path, Finished | Failure]()
     for run in sorted(runs, key=lambda run: not run.finished):
-        new = not run.finished
+        new, budgets = not run.finished, [other for other in runs if other.journal_dir == run.journal_dir]
         with console.status(f"{run.path.name} ..."):
-            outcomes[run.path] = outcome = _attempt(run, [other for other in runs if other.finished])
-        if all(other.finished for other in runs if other.journal_dir == run.journal_dir):
+            outcomes[run.path] = outcome = _attempt(run, [RunFolder(other.path) for other in budgets if other != run])
+        if all(other.finished for other in budgets):
             shutil.rmtree(run.journal_dir, ignore_errors=True)
         if new:
             console.print(
@@ -142,16 +141,13 @@ def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget
     return TrainConfig(**values, **common).resolved()
 
 
-def _attempt(run: Run, finished: list[Run]) -> Finished | Failure:
+def _attempt(run: Run, others: list[RunFolder]) -> Finished | Failure:
     """Do what is left of a run, and read what it gives; whatever goes wrong with it is its own matter.
 
-    What no budget changes is copied from a `finished` run of the same network and seed, if there is one.
+    `others` are those of the same network and seed with other budgets.
     """
     try:
-        if not run.finished and (same := [other for other in finished if other.journal_dir == run.journal_dir]):
-            folder = RunFolder.create_or_resume(run.path, run.options, "--out")
-            folder.adopt(RunFolder(same[0].path), (method for method in LABELS if method.startswith("rnp")))
-        folder = complete_run(run.options, Console(quiet=True), run.journal_dir)
+        folder = complete_run(run.options, Console(quiet=True), run.journal_dir, others)
         report = read_json(folder.file("report.json"))
         return Finished(read_cells(run, report), read_verdict(run, report))
     except Exception as error:
