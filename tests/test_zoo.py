@@ -21,6 +21,7 @@ from onp.attacks.fitting import FitConfig, fit
 from onp.attacks.poisoning import ATTACKS
 from onp.attacks.recipes import CLEAN, DATA, SUITES, Recipe, expand, make_recipe
 from onp.attacks.zoo import Zoo, refusal
+from onp.bench.suite import read_suites
 from onp.commands import run_command
 from onp.data import balanced_order, labels_of, load_dataset
 from onp.errors import CheckpointError, ConfigError, DataError
@@ -322,8 +323,10 @@ def test_grey_images_of_a_folder_are_resized_and_used_in_colour(
     name, folder = "fashion_mnist-cifar_vgg16_bn-w4-clean", tmp_path / "images"
     code, out, _ = call("make", name, "--folders", f"fashion_mnist={folder}", "--root", tmp_path / "zoo")
     weights = tmp_path / "zoo" / f"{name}-seed0" / "model.safetensors"
-    assert code == 0 and "--image-size 32" in out and json.loads(weights.with_name("entry.json").read_text())["ca"] >= 0
-    inputs = open_inputs(InputConfig("cifar_vgg16_bn-w4", weights, str(folder), image_size=32))
+    assert code == 0 and "--image-size 32" in out
+    (suspect,) = read_suites([weights.parent])
+    inputs = open_inputs(InputConfig(suspect.model, suspect.checkpoint, suspect.data, image_size=suspect.image_size))
+    assert suspect.data == str(folder)
     assert inputs.defence_data().images.shape == (500, 3, 32, 32)
 
 

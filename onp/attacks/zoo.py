@@ -85,7 +85,7 @@ class Zoo:
         write_tensors(folder / "model.safetensors", halved)
         for path in source.glob("trigger*"):
             shutil.copy(path, folder)
-        write_json(folder / "entry.json", record)
+        write_json(folder / "entry.json", {**record, "data": recipe.data})
         return folder
 
     def make(self, recipe: Recipe) -> dict[str, Any]:
@@ -107,7 +107,8 @@ class Zoo:
         target = trigger.target if trigger else None
         model = fitting.model.to(memory_format=torch.contiguous_format)
         measured = measure(model, images.test, _normalisation(recipe), self.device, trigger, target)
-        about = {"seconds": fitting.seconds, "classes": images.classes, "image_size": DATA[recipe.data].image_size}
+        about: dict[str, Any] = {"data": self.folders.get(recipe.data, recipe.data), "seconds": fitting.seconds}
+        about |= {"classes": images.classes, "image_size": DATA[recipe.data].image_size}
         figures = {**asdict(measured), "twin_ca": twin_ca, **about}
         if reason := refusal(recipe, measured, twin_ca):
             return self._finish(recipe, {**figures, "refused": reason})
