@@ -293,7 +293,11 @@ def in_memory(dataset: ImageDataset, most: int = IN_MEMORY) -> ImageDataset:
     labels = labels_of(dataset)
     if isinstance(dataset, TensorImages) or len(labels) * dataset[0][0].nbytes > most:
         return dataset
-    return TensorImages(torch.cat([images for images, _ in batches(dataset)]), torch.tensor(labels))
+    held, done = torch.empty(len(labels), *dataset[0][0].shape), 0  # joining batches would take twice the memory
+    for images, _ in batches(dataset):
+        held[done : done + len(images)] = images
+        done += len(images)
+    return TensorImages(held, torch.tensor(labels))
 
 
 def labels_of(dataset: ImageDataset) -> list[int]:
