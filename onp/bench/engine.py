@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -276,6 +277,7 @@ def _made_up_clues(model: nn.Module, data: DefenceData) -> Clues:
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[list[int]]:
     """Fills its list with the bytes by which memory in use grew at the most inside the block."""
+    gc.collect()  # an agent and its environment refer to each other, and hold activations
     peak = [0]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
