@@ -40,6 +40,8 @@ class TriggerRecoveryConfig:
         for name in ("steps", "finalists", "variants", "starts", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
+        if not self.conclusive >= 0.8:
+            raise ConfigError(f"conclusive {self.conclusive}: expected a probability of at least 0.8, or more than 1")
 
     steps: int = 100
     """Adam steps for all classes side by side, and again for the finalists"""

@@ -22,18 +22,18 @@ def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
     """What the evidence says: verdict, target (None: none, or no single one), confidence, scores per class."""
     named = getattr(inputs.dataset("train"), "classes", None) or []
     names = [*named, *range(len(named), inputs.classes)]
-    suspect = evidence.suspect
+    suspect, alone = evidence.suspect, evidence.masks_alone
     return {
         "verdict": "evidence" if evidence.found else "none",
         "target": suspect if evidence.found else None,
         "confidence": evidence.confidence,
         "suspect": suspect,
         "kind": evidence.family,
-        "masks_alone": evidence.masks_alone,
-        "outliers": evidence.outliers,
+        "masks_alone": alone,
+        "outliers": {family: size for family, size in evidence.outliers.items() if family == "mask" or not alone},
         "agreement": evidence.agreement(suspect) if suspect is not None else None,
         "untargeted_mask": finite(evidence.untargeted.size),
-        "spread": evidence.untargeted.spread,
+        "spread": None if alone else evidence.untargeted.spread,
         "strength": evidence.strength,
         "clean_accuracy": evidence.clean_accuracy,
         "classes": [
@@ -71,7 +71,7 @@ def make_record(
 
 
 def finite(size: float) -> float | None:
-    """A size as JSON has it: null where no trigger worked."""
+    """A size as JSON has it: null where no trigger worked, or none was looked for."""
     return size if size < float("inf") else None
 
 

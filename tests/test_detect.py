@@ -129,6 +129,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert record["masks_alone"] and "The masks say enough" in out and "Mask without a target" not in out
     assert all(row["warp"] is None for row in record["classes"]) and record["untargeted_mask"] is None
     assert "mask, pixels" in out and "warp, pixels" not in out
+    assert set(record["outliers"]) == {"mask"} and record["spread"] is None
     sizes = [row["mask"] for row in record["classes"]]
     assert sizes[2] < 1 < min(sizes[:2]), "one pixel is enough"
     assert sum(row["collapse"] for row in record["classes"]) == pytest.approx(1)
@@ -177,6 +178,8 @@ def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Pa
         (("--triggers", __file__), "is no folder that can be written to"),
         (("--checkpoint", "nowhere.pth"), "nowhere.pth"),
         (("--detection.warp.steps", "0"), "steps 0: expected at least 1"),
+        (("--detection.recovery.conclusive", "0.5"), "conclusive 0.5: expected a probability of at least 0.8"),
+        (("--detection.recovery.conclusive", "nan"), "conclusive nan"),
     ],
 )
 def test_bad_inputs_are_one_line_and_leave_nothing(
@@ -216,6 +219,10 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     assert set(times) == {"bad-seed0.json", "clean-seed0.json"}
     code, text = call(bench.main, *arguments, "--detection.warp.steps", "9")
     assert code == 2 and "of another network or other options" in text
-    code, text = call(bench.main, "onp.bench", "calibrate", "--records", f"{out}", "--out", f"{tmp_path}/fit.json")
+    fit = ("onp.bench", "calibrate", "--out", f"{tmp_path}/fit.json", "--records")
+    assert call(bench.main, *fit, f"{out}")[0] == 2, "the masks of one were conclusive"
+    whole = ("--out", f"{tmp_path}/whole", "--detection.recovery.conclusive", "2")
+    assert call(bench.main, *arguments[:4], *arguments[6:], *whole)[0] == 0
+    code, text = call(bench.main, *fit, f"{tmp_path}/whole")
     assert code == 0 and "1 clean and 1 backdoored networks; 0 and 0 are taken" in text
     assert json.loads((tmp_path / "fit.json").read_text())["networks"] == ["bad-seed0", "clean-seed0"]

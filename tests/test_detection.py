@@ -283,6 +283,17 @@ def test_broken_records_fit_nothing(tmp_path: Path, text: str, error: type[OnpEr
     assert not (tmp_path / "out.json").exists()
 
 
+def test_records_that_the_last_calibration_cut_short_fit_nothing(tmp_path: Path) -> None:
+    for name, alone in (("a", False), ("b", True)):
+        record = {"backdoored": alone, "strength": float(alone), "masks_alone": alone}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"b\.json.*conclusive 2"):
+        run_calibrate(CalibrateConfig(tmp_path, tmp_path / "out.json"))
+    (tmp_path / "b.json").write_text(json.dumps({**record, "masks_alone": False}))
+    run_calibrate(CalibrateConfig(tmp_path, tmp_path / "out" / "fit.json"))
+    assert json.loads((tmp_path / "out" / "fit.json").read_text())["weight"] > 0
+
+
 def test_the_calibration_of_the_package_says_how_it_was_made() -> None:
     record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
     clean = [name for name in record["networks"] if "-clean-" in name]

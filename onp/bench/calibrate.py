@@ -29,6 +29,11 @@ def run_calibrate(config: CalibrateConfig) -> None:
     paths = sorted(config.records.glob("*.json"))
     try:
         records = [read_json(path) for path in paths]
+        if cut := [path for path, record in zip(paths, records, strict=True) if record["masks_alone"]]:
+            raise ConfigError(
+                f"{cut[0]}: the calibration as it is kept other triggers from being looked for; "
+                "give records that were made with --detection.recovery.conclusive 2"
+            )
         record = {**fit_calibration(records), **leave_one_out(records)}
     except (KeyError, TypeError) as error:
         raise ConfigError(

@@ -102,6 +102,7 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "target": None,
         "subject": _subject(suspect, config),
         "family": evidence.family,
+        "masks_alone": evidence.masks_alone,
         "suspect": evidence.suspect if evidence.suspect is not None else ALL_TO_ALL,
         "strength": evidence.strength,
         "strengths": evidence.strengths,
