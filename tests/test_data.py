@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_run import tiny_options
 from torch import Tensor
 
 from onp.data import (
@@ -26,6 +28,10 @@ from onp.data import (
     random_crop_and_flip,
 )
 from onp.errors import DataError
+from onp.inputs import open_inputs
+from onp.masks import KeepMask
+from onp.report import Judge
+from onp.units import index_units
 
 PLAIN = Normalisation()
 
@@ -352,3 +358,12 @@ def test_few_images_are_read_once(folder: Path) -> None:
         path.unlink()
     assert torch.equal(images, again) and torch.equal(next(batches(held))[0], images)
     assert labels.tolist() == labels_of(held)
+
+
+def test_judging_reads_the_test_images_once(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path)
+    inputs = open_inputs(options)
+    judge, whole = Judge(inputs, options.trigger), KeepMask.all_kept(index_units(inputs.model, (3, 8, 8)))
+    first = judge(whole)
+    shutil.rmtree(tmp_path / "images" / "test")
+    assert first is not None and judge(whole) == first
