@@ -182,11 +182,11 @@ def find_evidence(
     progress("recovering masks")
     mask = recover_trigger(model, data, config.recovery, seed)
     if conclusive(mask, config.recovery.conclusive):
-        return weigh(model, data, unlearned, mask, None, None)
+        return weigh(model, data, unlearned, mask)
     progress("all-to-all mask")
     untargeted = recover_untargeted_trigger(model, data, config.recovery, seed)
     progress("recovering warps")
-    return weigh(model, data, unlearned, mask, untargeted, recover_warp(model, data, config.warp, seed))
+    return weigh(model, data, unlearned, mask, (untargeted, recover_warp(model, data, config.warp, seed)))
 
 
 def weigh(
@@ -194,19 +194,12 @@ def weigh(
     data: DefenceData,
     unlearned: nn.Module,
     mask: RecoveredTrigger,
-    untargeted: UntargetedTrigger | None,
-    warp: RecoveredWarp | None,
+    others: tuple[UntargetedTrigger, RecoveredWarp] | None = None,
 ) -> Evidence:
-    """The evidence in an unlearned copy and recovered triggers of `model`; None are those that were not looked for."""
-    return Evidence(
-        unlearned,
-        collapse(unlearned, data),
-        mask,
-        warp or RecoveredWarp.none(data),
-        untargeted or UntargetedTrigger.none(data),
-        clean_accuracy(model, data),
-        masks_alone=untargeted is None,
-    )
+    """The evidence in an unlearned copy and recovered triggers of `model`; `others` is None where masks say enough."""
+    untargeted, warp = others or (UntargetedTrigger.none(data), RecoveredWarp.none(data))
+    shares, accuracy = collapse(unlearned, data), clean_accuracy(model, data)
+    return Evidence(unlearned, shares, mask, warp, untargeted, accuracy, masks_alone=others is None)
 
 
 def clean_accuracy(model: nn.Module, data: DefenceData) -> float:

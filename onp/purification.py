@@ -164,8 +164,9 @@ class Purification:
             check_skill(self.model, self.data)
         clues, seconds = self.timed_clues
         start, journal = time.perf_counter(), self._journal("clues")
-        warp = self._recover_warp(journal) if clues.untargeted is not None else None  # else the masks are conclusive
-        evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, clues.untargeted, warp)
+        # Without an untargeted trigger masks are conclusive.
+        others = (clues.untargeted, self._recover_warp(journal)) if clues.untargeted is not None else None
+        evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, others)
         return evidence, seconds + time.perf_counter() - start + journal.seconds
 
     def _recover_warp(self, journal: Journal) -> RecoveredWarp:

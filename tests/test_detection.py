@@ -138,7 +138,7 @@ def test_masks_alone_are_conclusive_from_a_confidence_on() -> None:
 
 def test_what_was_not_looked_for_says_nothing() -> None:
     network, images = linear(torch.eye(3, 64)), DefenceData(torch.rand(6, 1, 8, 8), torch.arange(6) % 3, 3)
-    found = weigh(network, images, network, mask := masks(40.0, 4.0, 30.0), None, None)
+    found = weigh(network, images, network, mask := masks(40.0, 4.0, 30.0))
     assert found.masks_alone and found.mask is mask and (found.family, found.suspect) == ("mask", 1)
     assert found.strengths == {"mask": pytest.approx(math.log(30 / 4)), "warp": 0, "all-to-all": 0}
 
