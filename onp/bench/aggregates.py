@@ -130,6 +130,14 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(mean(known), stdev(known) if len(known) > 1 else None) if known else None
 
 
+def written(value: Spread | None, scale: int = 1, digits: int = 2) -> str:
+    """Mean ± deviation, times `scale`."""
+    if value is None:
+        return "-"
+    text = f"{scale * value.mean:.{digits}f}"
+    return text if value.std is None else f"{text} ± {scale * value.std:.{digits}f}"
+
+
 def wilson(fraction: float, count: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a binomial fraction of `count` trials."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)

@@ -16,6 +16,7 @@ from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidenc
 from baselines_rnp.patch_recovery import recover_patches
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger, load_trigger
+from onp.bench.aggregates import spread, written
 from onp.bench.patches import FIGURES, measure_patch
 from onp.bench.suite import Suspect, read_suites
 from onp.bench.verdicts import Verdict, detections
@@ -157,27 +158,35 @@ def rates(truth: Tensor, scores: Tensor) -> dict[str, float]:
 
 
 def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list[Table]:
-    """Verdicts, and what was measured with the triggers; a line a network and seed."""
-    verdicts = _table("verdicts", ("target", "probability", "suspect", "by", "collapse"))
+    """Verdicts, and what was measured with the triggers: a line a network, mean ± deviation over its seeds."""
+    verdicts = _table("verdicts", ("truth", "seeds", "probability", "evidence", "right", "by", "collapse right"))
     patches = _table("recovered triggers, through the network and its unlearned copy", ("through", *FIGURES))
     samples = _table("triggered samples", ("AUROC", "TPR", "STRIP AUROC", "TPR"))
+    networks: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        name, collapse = f"{record['network']}, seed {record['seed']}", record["collapse"]
-        verdict = _verdict(record, calibration)
-        suspect = str(verdict.found) if verdict.found is not None else "none"
-        target = str(record["target"]) if record["backdoored"] else "clean"
-        favourite = str(collapse.index(max(collapse)))
-        verdicts.add_row(name, target, f"{verdict.probability:.2f}", suspect, record["family"], favourite)
-        if record["backdoored"]:
-            rates = (record["samples"][score][rate] for score in ("unlearned", "strip") for rate in ("auroc", "tpr"))
-            samples.add_row(name, *map(_cell, rates))
-            for source, figures in record["patches"].items():
-                patches.add_row(name, source, *(_cell(figures[figure]) for figure in FIGURES))
+        networks.setdefault(record["network"], []).append(record)
+    for item in detections(_verdict(record, calibration) for record in records)[: len(networks)]:
+        group = networks[item.name]
+        figures = [item.truth, str(item.runs), written(item.probability), str(item.found), str(item.right)]
+        if not group[0]["backdoored"]:
+            verdicts.add_row(item.name, *figures, "-", "-")
+            continue
+        families = "/".join(sorted({record["family"] for record in group}))
+        verdicts.add_row(item.name, *figures, families, str(sum(map(_collapsed, group))))
+        rates = [(score, rate) for score in ("unlearned", "strip") for rate in ("auroc", "tpr")]
+        cells = (spread(record["samples"][score][rate] for record in group) for score, rate in rates)
+        samples.add_row(item.name, *map(written, cells))
+        for source in ("network", "unlearned"):
+            found = [record["patches"][source] for record in group if source in record["patches"]]
+            if found:
+                cells = (spread(patch[figure] for patch in found) for figure in FIGURES)
+                patches.add_row(item.name, source, *map(written, cells))
     return [verdicts, patches, samples] if samples.rows else [verdicts]
 
 
-def _cell(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.2f}"
+def _collapsed(record: dict[str, Any]) -> bool:
+    """Whether the unlearned copy gives the attacker's class most often."""
+    return bool(record["collapse"].index(max(record["collapse"])) == record["target"])
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -204,7 +213,7 @@ def summary(records: list[dict[str, Any]], calibration: Calibration) -> list[str
         return lines
     bad = [record for record in records if record["backdoored"]]
     one = [record for record in bad if record["target"] != ALL_TO_ALL]
-    collapsed = sum(record["collapse"].index(max(record["collapse"])) == record["target"] for record in one)
+    collapsed = sum(map(_collapsed, one))
     lines.append(
         f"backdoored: evidence for {backdoored.found} of {backdoored.runs}, with the right class for "
         f"{backdoored.right}; the class that the unlearned copy collapses to is right for {collapsed} of {len(one)}"

@@ -21,12 +21,12 @@ from onp.bench.aggregates import (
     Comparison,
     Interval,
     Reach,
-    Spread,
     Summary,
     aggregate,
     compare,
     reach,
     summarise,
+    written,
 )
 from onp.bench.table_plots import draw_ratings, draw_trade
 from onp.bench.verdicts import Verdict, detections
@@ -168,10 +168,10 @@ def _model_lines(aggregates: list[Aggregate]) -> Lines:
         of = item.measures
         rows.append([
             LABELS[item.method], _count(item.budget), str(item.seeds),
-            _spread(of["ca"], 100, 1), _interval(item.ca_interval, 100, 1),
-            _spread(of["asr"], 100, 1), _interval(item.asr_interval, 100, 1),
-            _spread(of["ra"], 100, 1), _spread(of["der"], 1, 3),
-            *(_spread(of[name], 1, 0) for name in ("units_pruned", "reward_evaluations", "seconds")),
+            written(of["ca"], 100, 1), _interval(item.ca_interval, 100, 1),
+            written(of["asr"], 100, 1), _interval(item.asr_interval, 100, 1),
+            written(of["ra"], 100, 1), written(of["der"], 1, 3),
+            *(written(of[name], 1, 0) for name in ("units_pruned", "reward_evaluations", "seconds")),
         ])  # fmt: skip
     return heading, rows
 
@@ -197,7 +197,7 @@ def _statements(results: Results) -> list[tuple[str, Lines]]:
 
 def _verdict_lines(verdicts: list[Verdict]) -> Lines:
     rows = [
-        [item.name, item.truth, str(item.runs), _spread(item.probability, 1, 2), f"{item.found} of {item.runs}",
+        [item.name, item.truth, str(item.runs), written(item.probability, 1, 2), f"{item.found} of {item.runs}",
          f"{item.right} of {item.runs}"]
         for item in detections(verdicts)
     ]  # fmt: skip
@@ -248,13 +248,6 @@ def _failure_lines(failures: list[Failure]) -> Lines:
 
 def _count(value: int | None) -> str:
     return str(value) if value is not None else "-"
-
-
-def _spread(value: Spread | None, scale: int, digits: int) -> str:
-    if value is None:
-        return "-"
-    text = f"{scale * value.mean:.{digits}f}"
-    return text if value.std is None else f"{text} ± {scale * value.std:.{digits}f}"
 
 
 def _interval(value: Interval | None, scale: int, digits: int) -> str:
