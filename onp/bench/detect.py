@@ -172,7 +172,8 @@ def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list
             verdicts.add_row(item.name, *figures, "-", "-")
             continue
         families = "/".join(sorted({record["family"] for record in group}))
-        verdicts.add_row(item.name, *figures, families, str(sum(map(_collapsed, group))))
+        collapsed = "-" if group[0]["target"] == ALL_TO_ALL else str(sum(map(_collapsed, group)))
+        verdicts.add_row(item.name, *figures, families, collapsed)
         rates = [(score, rate) for score in ("unlearned", "strip") for rate in ("auroc", "tpr")]
         cells = (spread(record["samples"][score][rate] for record in group) for score, rate in rates)
         samples.add_row(item.name, *map(written, cells))
