@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from importlib import resources
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
+from toy_networks import linear
 
 from baselines_rnp.label_detection import (
     Calibration,
@@ -25,30 +21,16 @@ from baselines_rnp.label_detection import (
     weigh,
 )
 from baselines_rnp.patch_recovery import recover_patches, success
-from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger
-from onp.bench.calibrate import CalibrateConfig, fit_calibration, leave_one_out, run_calibrate
-from onp.bench.detect import rates
 from onp.bench.patches import cosine, overlap
 from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig
 from onp.data import DefenceData
-from onp.errors import ConfigError, DataError, FileError, ModelError, OnpError
-from onp.samples import load_samples
+from onp.errors import ModelError
 from onp.suspicious_units import suspicious_units
 from onp.trigger_recovery import Patch, RecoveredTrigger
 from onp.units import index_units
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp, warp
-
-
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """Logits that are a linear function of the pixels; `weight` has shape (classes, pixels)."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias if bias is not None else torch.zeros(len(weight)))
-    return nn.Sequential(nn.Flatten(), layer).eval()
-
 
 # --- warps ----------------------------------------------------------------------------------------------------
 
@@ -252,113 +234,6 @@ def test_the_confidence_is_a_logistic_curve() -> None:
     calibration = Calibration(2.0, -1.0)
     assert calibration(0.5) == pytest.approx(0.5)
     assert calibration(1.5) == pytest.approx(1 / (1 + math.exp(-2)))
-
-
-def test_the_fit_reaches_platts_targets() -> None:
-    """Three clean networks where nothing stands out, two backdoored ones alike: 1 / 5 and 3 / 4 are best."""
-    clean, bad = {"backdoored": False, "strength": 0.0}, {"backdoored": True, "strength": 1.0}
-    record = fit_calibration([clean, clean, clean, bad, bad])
-    assert (record["clean"], record["backdoored"]) == (3, 2)
-    calibration = Calibration(record["weight"], record["intercept"])
-    assert calibration(0.0) == pytest.approx(1 / 5, abs=1e-3)
-    assert calibration(1.0) == pytest.approx(3 / 4, abs=1e-3)
-    with pytest.raises(ConfigError, match="3 clean and 0 backdoored"):
-        fit_calibration([clean] * 3)
-
-
-def test_leaving_one_out_counts_wrong_verdicts() -> None:
-    """A clean network like the backdoored ones and a backdoored one like the clean ones are taken for the others."""
-    clean, bad = {"backdoored": False, "strength": 0.0}, {"backdoored": True, "strength": 1.0}
-    assert leave_one_out([clean] * 3 + [bad] * 3) == {"false_alarms": 0, "misses": 0}
-    odd = [{**clean, "strength": 1.1}, {**bad, "strength": -0.1}, {**bad, "strength": -0.2}]
-    assert leave_one_out([clean] * 8 + [bad] * 8 + odd) == {"false_alarms": 1, "misses": 2}
-    assert leave_one_out([clean, bad]) == {"false_alarms": 0, "misses": 0}, "none can be left out"
-
-
-@pytest.mark.parametrize(("text", "error"), [("{", FileError), ("{}", ConfigError), ("[]", ConfigError)])
-def test_broken_records_fit_nothing(tmp_path: Path, text: str, error: type[OnpError]) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(error, match=r"a\.json|lacks"):
-        run_calibrate(CalibrateConfig(tmp_path, tmp_path / "out.json"))
-    assert not (tmp_path / "out.json").exists()
-
-
-def test_records_that_the_last_calibration_cut_short_fit_nothing(tmp_path: Path) -> None:
-    for name, alone in (("a", False), ("b", True)):
-        record = {"backdoored": alone, "strength": float(alone), "masks_alone": alone}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=r"b\.json.*conclusive 2"):
-        run_calibrate(CalibrateConfig(tmp_path, tmp_path / "out.json"))
-    (tmp_path / "b.json").write_text(json.dumps({**record, "masks_alone": False}))
-    run_calibrate(CalibrateConfig(tmp_path, tmp_path / "out" / "fit.json"))
-    assert json.loads((tmp_path / "out" / "fit.json").read_text())["weight"] > 0
-
-
-def test_the_calibration_of_the_package_says_how_it_was_made() -> None:
-    record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
-    clean = [name for name in record["networks"] if "-clean-" in name]
-    assert record["clean"] == len(clean) >= 20
-    assert record["backdoored"] == len(record["networks"]) - len(clean) > 0
-    assert all(name.startswith("digits-") for name in record["networks"]), "what it is tested on is none of it"
-    assert Calibration.of_package()(2.0) > 0.5 > Calibration.of_package()(0.0)
-
-
-# --- samples --------------------------------------------------------------------------------------------------
-
-
-def test_the_unlearned_copy_agrees_on_triggered_images_alone() -> None:
-    """Pixel 2 is the trigger to class 1; the unlearned copy has nothing left but that."""
-    network = linear(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 9.0]]))
-    unlearned = linear(torch.tensor([[0.0, 2.0, 0.0], [2.0, 0.0, 9.0]]))
-    images = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]).view(3, 1, 1, 3)
-    data = DefenceData(images, torch.zeros(3, dtype=torch.long), 2)
-    scores = unlearned_agreement(network, unlearned, images, data)
-    expected = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-11))]
-    assert scores.tolist() == pytest.approx(expected, rel=1e-4)
-
-
-def test_strip_is_the_entropy_of_mixtures() -> None:
-    network = linear(torch.tensor([[4.0, 0.0], [0.0, 3.0]]))
-    generator = torch.Generator().manual_seed(0)
-    data = DefenceData(torch.rand(4, 1, 1, 2, generator=generator), torch.zeros(4, dtype=torch.long), 2)
-    images = torch.rand(3, 1, 1, 2, generator=generator)
-    scores = strip(network, images, data, seed=0, overlays=4)  # all of them, in any order
-    for image, score in zip(images, scores, strict=True):
-        entropies = []
-        for clean in data.images:
-            one, two = ((image + clean) / 2).flatten().tolist()
-            p = 1 / (1 + math.exp(3 * two - 4 * one))
-            entropies.append(-p * math.log(p) - (1 - p) * math.log(1 - p))
-        assert float(score) == pytest.approx(-np.mean(entropies), rel=1e-4)
-
-
-def test_rates_of_a_ranking() -> None:
-    """One of 20 clean images ranks above one of the two triggered ones: 39 of 40 pairs are in order."""
-    truth = torch.tensor([False] * 20 + [True] * 2)
-    scores = torch.tensor([0.9] + [0.1] * 19 + [1.0, 0.5])
-    assert rates(truth, scores) == pytest.approx({"auroc": 39 / 40, "tpr": 1.0})
-    worse = torch.tensor([0.9, 0.8] + [0.1] * 18 + [1.0, 0.5])
-    assert rates(truth, worse) == pytest.approx({"auroc": 38 / 40, "tpr": 0.5})
-
-
-def test_samples_are_read_in_order_and_checked(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "deep" / "a.png")
-    Image.new("L", (4, 4), 51).save(tmp_path / "b.png")
-    (tmp_path / "notes.txt").write_text("no image")
-    samples = load_samples(tmp_path, (3, 4, 4), resize=False)
-    assert [path.name for path in samples.paths] == ["b.png", "a.png"]
-    assert samples.images[0].unique().tolist() == pytest.approx([0.2])
-    assert samples.images[1, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
-    Image.new("RGB", (6, 4)).save(tmp_path / "c.png")
-    with pytest.raises(DataError, match=r"c\.png is 6 x 4, .* 4 x 4; give --image-size"):
-        load_samples(tmp_path, (3, 4, 4), resize=False)
-    assert load_samples(tmp_path, (1, 4, 4), resize=True).images.shape == (3, 1, 4, 4)
-    (tmp_path / "c.png").write_text("broken")
-    with pytest.raises(DataError, match="not a readable image"):
-        load_samples(tmp_path, (3, 4, 4), resize=True)
-    with pytest.raises(DataError, match="no images found"):
-        load_samples(tmp_path / "nowhere", (3, 4, 4), resize=True)
 
 
 # --- where a backdoor hides -----------------------------------------------------------------------------------

@@ -179,3 +179,29 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cifar_vgg16_bn": (lambda: build_model("cifar_vgg16_bn-w8", 3, 10), (3, 32, 32)),
     "cifar_mobilenet_v2": (lambda: build_model("cifar_mobilenet_v2-w0.25", 3, 10), (3, 32, 32)),
 }
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Logits that are a linear function of the pixels; `weight` has shape (classes, pixels)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias if bias is not None else torch.zeros(len(weight)))
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+class EveryKind(nn.Module):
+    """Units of all four kinds: conv without and with batch-norm, batch-norm alone, linear, linear_input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(1, 3, 3, padding=1)
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.alone = nn.BatchNorm2d(3)
+        self.hidden, self.out = nn.Linear(12, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.softplus(self.plain(x))
+        x = x + nn.functional.softplus(self.norm(self.conv(x)))
+        x = nn.functional.avg_pool2d(self.alone(x), 4)
+        return self.out(nn.functional.softplus(self.hidden(x.flatten(1))))
