@@ -18,6 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from agents.policy import GraphPolicy
 from agents.restarts import ReturnToBest
 from onp.config import AgentConfig
+from onp.errors import ConfigError
 
 Progress = Callable[[int, int], None]
 
@@ -59,8 +60,13 @@ def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir:
 
     It learns on episodes that may begin along the best ones so far; the returns recorded are those of whole episodes.
     With a `config.restart_fraction` of 0 it is plain PPO on the environment as it is.
-    With `config.n_envs` above 1, twins of the environment advance together.
+    With `config.n_envs` above 1, twins of the environment advance together; raises `ConfigError` where wrappers of the
+    user's, which those would lack, lie around it.
     """
+    if config.n_envs > 1 and (wrappers := _own_wrappers(env)):
+        raise ConfigError(
+            f"n_envs {config.n_envs}: twins would lack the environment's wrappers ({', '.join(wrappers)}); use 1"
+        )
 
     def training_env(number: int) -> gym.Env[Any, Any]:
         twin = env.unwrapped.twin() if number else env  # type: ignore[attr-defined]
@@ -84,6 +90,16 @@ def build_agent(env: gym.Env[Any, Any], config: AgentConfig, seed: int, log_dir:
         seed=seed,
         device="cpu",
     )
+
+
+def _own_wrappers(env: gym.Env[Any, Any]) -> list[str]:
+    """Names of what lies around an environment, but for what `gymnasium.make` puts there to check it."""
+    names = []
+    while isinstance(env, gym.Wrapper):
+        if not isinstance(env, gym.wrappers.OrderEnforcing | gym.wrappers.PassiveEnvChecker):
+            names.append(type(env).__name__)
+        env = env.env
+    return names
 
 
 def train_agent(agent: PPO, config: AgentConfig, budget: int, progress: Progress) -> LearningCurve:

@@ -19,6 +19,7 @@ from typing import Literal
 from torch import nn
 
 from baselines_rnp.unlearn import unlearn
+from onp.checks import check_network
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
@@ -173,9 +174,10 @@ def find_evidence(
     """Unlearn a copy and recover triggers of every class, from clean images alone; `model` stays as it is.
 
     Where masks are conclusive, as most patches are, nothing else is looked for. `progress` is called with what comes
-    next. Raises `ModelError` where unlearning diverges, and as `check_skill`.
+    next. Raises `ModelError` where unlearning diverges, and as `check_network` and `check_skill`.
     """
     model = model.eval().to(memory_format=fastest_layout(model))
+    data = check_network(model, data)
     check_skill(model, data)
     progress("unlearning a copy")
     unlearned = unlearn(model, data, config.unlearn, seed).model

@@ -47,14 +47,14 @@ def unlearn(model: nn.Module, data: DefenceData, config: UnlearnConfig, seed: in
 
 
 def _ascend(model: nn.Module, data: DefenceData, config: UnlearnConfig, seed: int) -> Unlearned:
-    model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).train().requires_grad_(True)  # a frozen network has nothing to unlearn with
     optimizer = torch.optim.SGD(
         model.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), gamma=0.1)
     generator = torch.Generator().manual_seed(seed)
     accuracy, reached, epoch, steps = 1.0, False, 0, 0
-    with seeded(seed):
+    with seeded(seed), torch.enable_grad():
         while epoch < config.max_epochs and not reached:
             epoch += 1
             correct = seen = 0

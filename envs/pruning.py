@@ -18,6 +18,7 @@ from baselines_rnp.unlearn import unlearn
 from envs.actions import ActionSet
 from envs.rewards import TERMS, Clues, Objective
 from onp.checkpoints import plain_weights
+from onp.checks import check_network
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
@@ -71,8 +72,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     `Discrete(N + B + 1)`, see `envs.actions.ActionSet`: action i < N prunes unit i of the index; each of the B bulk
     actions prunes the units of one layer that are estimated best (`env.unwrapped.actions.bulks` has layers and
     counts); the last action stops. With `prune_groups` every unit tied to a pruned one goes with it. An invalid action
-    (a unit that is pruned already, a bulk of more units than the layer still has) is a no-op with reward 0 that costs
-    a step and is counted in `info["invalid_actions"]`; it never raises.
+    (a unit that is pruned already, a bulk of more units than the layer still has, a number out of range) is a no-op
+    with reward 0 that costs a step and is counted in `info["invalid_actions"]`; it never raises.
 
     ## Observation space
     `Dict`, only what changes; what does not change (node features, edges) is `env.unwrapped.graph`, a PyG `Data`.
@@ -125,6 +126,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ) -> None:
         self.config = config or EnvConfig()
         self.index = index or index_units(model, data.input_shape)
+        data = check_network(model, data)
         clues = clues or find_clues(model, data, self.config, seed)
         cache = cache or ActivationCache.of_gib(self.config.cache_gib)
         self.objective = Objective(
@@ -183,7 +185,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         before = self.score.potential
         self.steps += 1
         stopped = action == self.actions.stop
-        if not stopped and bool(self.actions.valid(self.mask)[action]):
+        if not stopped and 0 <= action < len(self.actions) and bool(self.actions.valid(self.mask)[action]):
             self.mask = self.after(self.mask, action, self._effects())
             self.score = self.objective.score(self.mask)
             if self.score.potential > self.objective.score(self.best).potential:
@@ -192,6 +194,10 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             self.invalid_actions += 1
         terminated = stopped or self.steps >= self.config.max_steps
         return self._observation(), self.score.potential - before, terminated, False, self._info()
+
+    def action_masks(self) -> np.ndarray:
+        """Which actions are valid, (N + B + 1,) bool: what sb3-contrib's MaskablePPO asks for."""
+        return self.actions.valid(self.mask).numpy()
 
     def after(self, mask: KeepMask, action: int, effects: Tensor) -> KeepMask:
         """`mask` without the units that a valid `action` prunes; a bulk chooses them by their `effects`, (N,)."""

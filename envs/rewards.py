@@ -173,6 +173,7 @@ class Objective:
             self.data.labels[:images], self._original[:images], **logits, goals=self._goals[:images], trust=self.trust
         )
 
+    @torch.inference_mode(False)  # what is kept for later masks has to serve gradients too
     def effects(self, mask: KeepMask) -> dict[str, Tensor]:
         """Estimated change of each weighted term when one more unit is pruned, (N,) each; one sensitivity pass.
 
@@ -198,6 +199,7 @@ class Objective:
         effects = self.engines[PLACES[name]].effects(mask, function, self.effect_images)
         return -effects.square().mean(0) / 2 if name == "clean_fidelity" else effects.sum(0)
 
+    @torch.inference_mode(False)
     def score(self, mask: KeepMask) -> Score:
         """The worth of `mask`; non-finite outputs count as the lowest finite number."""
         if mask.key not in self.scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 from onp.errors import ConfigError
@@ -89,6 +90,11 @@ class WarpRecoveryConfig:
 class RewardConfig:
     """Weights of the reward terms (`envs.rewards`): the potential is their weighted sum."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isfinite(value):
+                raise ConfigError(f"reward weight {name} {value}: expected a finite number")
+
     clean_accuracy: float = 1.0
     """weight of clean accuracy, per accuracy fraction"""
     clean_fidelity: float = 12.0
@@ -108,6 +114,8 @@ class EnvConfig:
         for name in ("max_steps", "effect_images"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
+        if not all(0 < fraction < 1 for fraction in self.bulk_fractions):
+            raise ConfigError(f"bulk_fractions {self.bulk_fractions}: expected fractions between 0 and 1")
         if not self.cache_gib >= 0:
             raise ConfigError(f"cache_gib {self.cache_gib}: expected 0 or more")
 
@@ -149,9 +157,11 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.restart_fraction <= 1:
             raise ConfigError(f"restart_fraction {self.restart_fraction}: expected a fraction from 0 to 1")
-        for name in ("elites", "n_envs", "patience"):
+        for name in ("elites", "n_envs", "patience", "heads", "hidden"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1")
+        if self.hidden % self.heads:
+            raise ConfigError(f"hidden {self.hidden}: expected a multiple of heads ({self.heads})")
 
     hidden: int = 32
     """width of the node embeddings"""

@@ -72,17 +72,25 @@ class DefenceData:
     normalise: Normalisation = field(default_factory=Normalisation)
 
     def __post_init__(self) -> None:
+        for name, dtype in (("images", torch.float32), ("labels", torch.int64)):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype != dtype:
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise DataError(f"defence {name} are of type {kind}; expected a tensor of type {dtype}")
         if self.images.ndim != 4 or len(self.images) == 0:
             raise DataError(
                 f"defence images have shape {tuple(self.images.shape)}; expected (n, channels, height, width), n > 0"
             )
-        if self.labels.shape != (len(self.images),) or self.labels.dtype != torch.int64:
+        if self.labels.shape != (len(self.images),):
             raise DataError(
-                f"labels have shape {tuple(self.labels.shape)} and type {self.labels.dtype}; "
-                f"expected one int64 for each of the {len(self.images)} images"
+                f"labels have shape {tuple(self.labels.shape)}; expected one for each of the {len(self.images)} images"
             )
-        if not self.images.is_floating_point() or not 0 <= float(self.images.min()) <= float(self.images.max()) <= 1:
-            raise DataError("defence images have to be float tensors with values in [0, 1]; normalise with `normalise`")
+        least, most = self.images.min().item(), self.images.max().item()
+        if not 0 <= least <= most <= 1:  # NaN neither
+            raise DataError(
+                f"defence images have values from {least:.4g} to {most:.4g}; expected [0, 1], since `normalise` is "
+                "applied to them"
+            )
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
             raise DataError(
                 f"labels run from {int(self.labels.min())} to {int(self.labels.max())}; "

@@ -18,7 +18,6 @@ from onp.config import DetectionConfig
 from onp.errors import ConfigError
 from onp.images import picture_of
 from onp.inputs import InputConfig, open_inputs
-from onp.purification import check_network
 from onp.samples import load_samples
 from onp.verdict import by_suspicion, headline, label, make_record
 
@@ -58,7 +57,6 @@ def detect(config: DetectConfig) -> int:
         raise ConfigError(f"--triggers {config.triggers} is no folder that can be written to; give another")
     inputs = open_inputs(config)
     data = inputs.defence_data()
-    check_network(inputs.model, data)
     samples = None
     if config.samples is not None:
         resize = config.image_size is not None or config.data == "gtsrb"

@@ -154,7 +154,8 @@ class Engine:
             )
 
     def logits(self, mask: KeepMask) -> Tensor:
-        """Logits under `mask`, shape (n, classes), float32, detached."""
+        """Logits under `mask`, shape (n, classes), float32, detached; raises `MaskError` for another network's mask."""
+        mask.check_fits(self.network.index)
         output = self.network.output
         return torch.cat(self._values([output], mask, range(len(self._chunks)))[output]).float()
 

@@ -9,6 +9,7 @@ import networkx as nx
 
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import write_atomically
+from onp.checks import check_network
 from onp.commands import console, print_untraced, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
@@ -16,7 +17,6 @@ from onp.engine import Engine
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
-from onp.purification import check_network
 from onp.units import index_units
 
 

@@ -52,8 +52,11 @@ class KeepMask:
         return cls(index, torch.ones(len(index), dtype=torch.bool), rule)
 
     def without(self, units: Iterable[int] | Tensor) -> KeepMask:
-        """This mask with `units` pruned too."""
-        chosen = [int(unit) for unit in units if self.keep[int(unit)]]
+        """This mask with `units` pruned too; raises `MaskError` for one that the network does not have."""
+        numbers = [int(unit) for unit in units]
+        if outside := [unit for unit in numbers if not 0 <= unit < len(self.keep)]:
+            raise MaskError(f"units {outside} are none of this network's, which go from 0 to {len(self.keep) - 1}")
+        chosen = [unit for unit in numbers if self.keep[unit]]
         keep = self.keep.clone()
         keep[chosen] = False
         return KeepMask(self.index, keep, self.rule, self.order + tuple(chosen))
@@ -75,6 +78,14 @@ class KeepMask:
     def pruned(self) -> frozenset[int]:
         """The units that go."""
         return frozenset((~self.keep).nonzero().flatten().tolist())
+
+    def check_fits(self, index: UnitIndex) -> None:
+        """Raise `MaskError` where `index` is of a network with other units."""
+        if self.index is not index and self.index.layers != index.layers:
+            raise MaskError(
+                f"the mask is for a network with other units ({len(self.index)} in {len(self.index.layers)} layers) "
+                f"than this one ({len(index)} in {len(index.layers)}); make it with the index of this network"
+            )
 
     @property
     def units_pruned(self) -> int:
@@ -142,7 +153,10 @@ def apply_mask(model: nn.Module, mask: KeepMask) -> None:
 
 @contextmanager
 def masked(model: nn.Module, mask: KeepMask) -> Iterator[nn.Module]:
-    """`model` pruned inside the `with` block and restored bit for bit behind it."""
+    """`model` pruned inside the `with` block, its parameters restored bit for bit behind it.
+
+    Buffers are not: where `model` is in train mode, what runs inside moves its batch-norm statistics.
+    """
     saved: dict[nn.Parameter, Tensor] = {}
     try:
         with torch.no_grad():

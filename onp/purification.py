@@ -26,10 +26,11 @@ from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
 from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
 from onp.checkpoints import load_checkpoint, plain_weights
+from onp.checks import check_network
 from onp.config import AgentConfig, EnvConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
-from onp.errors import ConfigError, DataError, ModelError
+from onp.errors import ConfigError, ModelError
 from onp.graph import EDGE_FEATURES, FEATURES
 from onp.journal import Journal, Values
 from onp.layout import fastest_layout
@@ -117,12 +118,12 @@ class Purification:
     ) -> None:
         self.on_clue: Callable[[str], None] = lambda stage: None
         self.model = model.eval().to(memory_format=fastest_layout(model))
-        self.data, self.config, self.log_dir, self.journal_dir = data, config, log_dir, journal_dir
+        self.config, self.log_dir, self.journal_dir = config, log_dir, journal_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
-        check_network(model, data)
+        self.data = check_network(model, data)
         if config.policy is not None:
             load_checkpoint(blank_policy(config.agent, len(FEATURES), len(EDGE_FEATURES)), config.policy)
-        self.search_data, self.held_out = data.halves(config.seed)
+        self.search_data, self.held_out = self.data.halves(config.seed)
         self.cache = ActivationCache.of_gib(config.env.cache_gib)
 
     @cached_property
@@ -245,23 +246,6 @@ def choose_mask(search: Objective, held_out: Objective, finalists: int) -> KeepM
     ranked = sorted(search.scores.values(), key=lambda item: (-item[1].potential, item[0].units_pruned))
     candidates = [search.all_kept, *(mask for mask, _ in ranked[:finalists])]
     return max(candidates, key=lambda mask: (held_out.score(mask).potential, -mask.units_pruned))
-
-
-def check_network(model: nn.Module, data: DefenceData) -> None:
-    """Raise `ModelError` or `DataError` where weights or outputs are not finite, or outputs do not fit the labels."""
-    for name, weight in model.state_dict().items():
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(f"weight {name} holds NaN or infinite values; the network is damaged")
-    with torch.no_grad():
-        logits = model.eval()(data.inputs[:2])
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ModelError(f"{type(model).__name__} does not give logits of shape (images, classes)")
-    if logits.shape[1] < 2:
-        raise ModelError(f"{type(model).__name__} has one output; a classifier of two classes or more is expected")
-    if not bool(torch.isfinite(logits).all()):
-        raise ModelError(f"{type(model).__name__} gives outputs that are not finite on the defence images")
-    if int(data.labels.max()) >= logits.shape[1]:
-        raise DataError(f"labels go up to {int(data.labels.max())}; the network has {logits.shape[1]} outputs")
 
 
 @dataclass(frozen=True, eq=False)

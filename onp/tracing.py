@@ -80,7 +80,7 @@ def _opaque(module: nn.Module) -> str:
 class _Tracer(fx.Tracer):
     """Traces every module but those of PyTorch and the paths `whole`; remembers the innermost one that fails."""
 
-    def __init__(self, whole: Collection[str]) -> None:
+    def __init__(self, whole: Collection[str] = ()) -> None:
         super().__init__()
         self.whole = whole
         self.failed: str | None = None

@@ -27,7 +27,6 @@ from onp.data import DefenceData
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.judge import ALL_TO_ALL, meant
-from onp.purification import check_network
 from onp.verdict import finite
 
 FALSE_ALARMS = 0.05
@@ -94,7 +93,6 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
     values = {name: value for name, value in vars(suspect).items() if name not in ("name", "trigger")}
     inputs = open_inputs(InputConfig(**values, **common, seed=seed).resolved())
     data = inputs.defence_data()
-    check_network(inputs.model, data)
     evidence = find_evidence(inputs.model, data, config.detection, seed)
     record: dict[str, Any] = {
         "network": suspect.name,

@@ -1,0 +1,33 @@
+"""Do a network and clean images fit?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from onp.data import DefenceData
+from onp.errors import DataError, ModelError
+
+
+def check_network(model: nn.Module, data: DefenceData) -> DefenceData:
+    """`data` with as many classes as the network has outputs: a backdoor may lead to one that no image is of.
+
+    Raises `ModelError` or `DataError` where weights or outputs are not finite, or outputs do not fit the labels.
+    `model` is in eval mode then.
+    """
+    for name, weight in model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"weight {name} holds NaN or infinite values; the network is damaged")
+    with torch.no_grad():
+        logits = model.eval()(data.inputs[:2])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ModelError(f"{type(model).__name__} does not give logits of shape (images, classes)")
+    if logits.shape[1] < 2:
+        raise ModelError(f"{type(model).__name__} has one output; a classifier of two classes or more is expected")
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"{type(model).__name__} gives outputs that are not finite on the defence images")
+    if int(data.labels.max()) >= logits.shape[1]:
+        raise DataError(f"labels go up to {int(data.labels.max())}; the network has {logits.shape[1]} outputs")
+    return replace(data, num_classes=logits.shape[1])

@@ -1,0 +1,192 @@
+"""The environment in other people's hands: wrappers, processes, frozen networks, data that does not quite fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy_networks import TinyNet, linear
+
+from agents.ppo import build_agent
+from baselines_rnp.unlearn import unlearn
+from envs.pruning import PruningEnv
+from envs.rewards import Clues
+from onp.checks import check_network
+from onp.config import AgentConfig, EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.data import DefenceData
+from onp.engine import Engine
+from onp.errors import ConfigError, DataError, MaskError, ModelError
+from onp.masks import KeepMask
+from onp.trigger_recovery import RecoveredTrigger
+from onp.units import index_units
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def data() -> DefenceData:
+    images = torch.rand((24, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    return DefenceData(images, torch.arange(24) % 3, 3)
+
+
+@pytest.fixture
+def env(data: DefenceData) -> PruningEnv:
+    torch.manual_seed(0)
+    model = TinyNet().eval()
+    trigger = RecoveredTrigger(1, torch.full((1, 1, 8, 8), 0.1), torch.ones(1, 1, 8, 8), (6.0, 4.0, 9.0))
+    return PruningEnv(model, data, EnvConfig(max_steps=5), Clues(copy.deepcopy(model), trigger))
+
+
+def play(env: Any) -> list[float]:
+    env.reset()
+    return [float(env.step(np.int64(action))[1]) for action in (2, 5, 0, 7)]
+
+
+# --- a network may know more classes than the images have ----------------------------------------------------
+
+
+def backdoored() -> nn.Module:
+    """Four classes: each pixel of the first three is one, and the fourth pixel sends everything to class 3."""
+    weight = torch.eye(4) * 4
+    weight[3, 3] = 40.0
+    return linear(torch.cat([weight, torch.zeros(4, 60)], 1))
+
+
+def few_classes(known: int) -> DefenceData:
+    """Images of the first three classes only."""
+    images = torch.zeros(18, 64)
+    labels = torch.arange(18) % 3
+    images[torch.arange(18), labels] = 0.9
+    return DefenceData(images.view(18, 1, 8, 8), labels, known)
+
+
+@pytest.mark.parametrize("known", [3, 9])
+def test_a_backdoor_may_lead_to_a_class_that_no_image_is_of(known: int) -> None:
+    data = check_network(backdoored(), few_classes(known))
+    assert data.num_classes == 4 and torch.equal(data.images, few_classes(known).images)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), *backdoored()).eval()
+    nn.init.ones_(net[0].weight)
+    nn.init.zeros_(net[0].bias)
+    quick = EnvConfig(
+        unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=60, batch_size=8, conclusive=0.8)
+    )
+    clues = PruningEnv(net, few_classes(known), quick).objective.clues
+    assert len(clues.mask.sizes) == 4 and clues.mask.target == 3
+
+
+def test_the_environment_refuses_what_does_not_fit(data: DefenceData) -> None:
+    with pytest.raises(DataError, match="labels go up to 4; the network has 3 outputs"):
+        PruningEnv(TinyNet(), replace(data, labels=data.labels + 2, num_classes=5))
+    damaged = TinyNet()
+    nn.init.constant_(damaged.fc.bias, float("nan"))
+    with pytest.raises(ModelError, match=r"fc\.bias holds NaN"):
+        PruningEnv(damaged, data)
+
+
+# --- frozen networks and modes of autograd -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", ["", "conv", "bn"])
+def test_a_frozen_network_is_unlearned_like_any_other(frozen: str, data: DefenceData) -> None:
+    torch.manual_seed(0)
+    model = TinyNet().eval()
+    expected = unlearn(model, data, UnlearnConfig(max_epochs=2), seed=0).model.state_dict()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    with torch.no_grad():
+        found = unlearn(model, data, UnlearnConfig(max_epochs=2), seed=0).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not torch.equal(found["conv.weight"], model.conv.weight)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if name.startswith(frozen))
+
+
+def test_steps_in_inference_mode_are_steps_like_any_other(env: PruningEnv) -> None:
+    other = copy.deepcopy(env)
+    with torch.inference_mode():
+        found = play(other)
+    assert found == play(env) == play(other)
+
+
+# --- wrappers and processes ----------------------------------------------------------------------------------
+
+
+def test_the_environment_can_be_sent_to_another_process(env: PruningEnv) -> None:
+    assert play(pickle.loads(pickle.dumps(env))) == play(env)
+
+
+class Less(gym.RewardWrapper[Any, Any]):
+    def reward(self, reward: Any) -> float:
+        return float(reward) - 10
+
+
+def test_twins_without_the_wrappers_of_the_first_are_refused(env: PruningEnv) -> None:
+    config = AgentConfig(hidden=8, n_steps=4, batch_size=4)
+    build_agent(Less(env), config, seed=0)
+    with pytest.raises(ConfigError, match=r"n_envs 2: .* wrappers \(Less\)"):
+        build_agent(Less(env), replace(config, n_envs=2), seed=0)
+    build_agent(gym.wrappers.OrderEnforcing(env), replace(config, n_envs=2), seed=0)
+
+
+# --- actions and masks that the network does not have --------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", [-1, 10, 1000])
+def test_numbers_out_of_range_are_invalid_actions(env: PruningEnv, action: int) -> None:
+    assert len(env.actions) == 10
+    env.reset()
+    _, reward, terminated, _, info = env.step(action)
+    assert (reward, terminated, info["invalid_actions"], info["units_pruned"]) == (0.0, False, 1, 0)
+
+
+def test_action_masks_are_those_of_the_observation(env: PruningEnv) -> None:
+    env.reset()
+    observation, *_ = env.step(2)
+    masks = env.action_masks()
+    assert masks.dtype == bool and masks.tolist() == observation["action_mask"].astype(bool).tolist()
+    assert not masks[2] and masks[-1]
+
+
+@pytest.mark.parametrize("units", [[-1], [0, 9]])
+def test_a_mask_prunes_units_of_its_network_alone(env: PruningEnv, units: list[int]) -> None:
+    with pytest.raises(MaskError, match=rf"units \[{units[-1]}\] .* from 0 to 8"):
+        KeepMask.all_kept(env.index).without(units)
+
+
+def test_the_engine_takes_masks_of_its_own_network(data: DefenceData) -> None:
+    def network(width: int) -> nn.Module:
+        torch.manual_seed(width)
+        norm = nn.BatchNorm2d(width)
+        return nn.Sequential(nn.Conv2d(1, width, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+    four, eight = network(4).eval(), network(8).eval()
+    index = index_units(four, (1, 8, 8))
+    engine = Engine(four, index, data.inputs)
+    mask = KeepMask.all_kept(index).without([1])
+    again = KeepMask.from_json(index_units(network(4).eval(), (1, 8, 8)), mask.to_json())
+    assert torch.equal(engine.logits(again), engine.logits(mask)), "read again, with an index of its own"
+    with pytest.raises(MaskError, match=r"other units \(\d+ in \d+ layers\) than this one"):
+        engine.logits(KeepMask.all_kept(index_units(eight, (1, 8, 8))).without([1]))
+
+
+# --- settings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AgentConfig(hidden=33), r"hidden 33: expected a multiple of heads \(2\)"),
+        (lambda: AgentConfig(heads=0), "heads 0: expected at least 1"),
+        (lambda: RewardConfig(unlearning=float("nan")), "reward weight unlearning nan: expected a finite number"),
+        (lambda: EnvConfig(bulk_fractions=(0.5, 2.0)), r"bulk_fractions \(0.5, 2.0\): expected fractions"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
