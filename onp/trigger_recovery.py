@@ -122,7 +122,7 @@ def recover_trigger(
     optimised again on pixels not used yet, as long as its mask stays below the runner-up's.
     """
     with frozen(model):
-        search = MaskSearch(model, data, config, seed, data.num_classes, _towards)
+        search = MaskSearch(model, data, config, seed, data.num_classes, towards)
         search.optimise(torch.arange(data.num_classes), progress)
         search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
         sizes = tuple(search.sizes.tolist())
@@ -149,10 +149,10 @@ def recover_patch(model: nn.Module, data: DefenceData, target: int, config: Trig
 
 def _to(target: int, logits: Tensor, searches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """To one class, whatever the search."""
-    return _towards(logits, torch.full_like(searches, target), numbers)
+    return towards(logits, torch.full_like(searches, target), numbers)
 
 
-def _towards(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def towards(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """To the class that is searched for."""
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
 

@@ -27,7 +27,7 @@ from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfi
 from onp.data import DefenceData
 from onp.errors import ModelError
 from onp.suspicious_units import suspicious_units
-from onp.trigger_recovery import Patch, RecoveredTrigger
+from onp.trigger_recovery import MaskSearch, Patch, RecoveredTrigger
 from onp.units import index_units
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp, warp
@@ -162,46 +162,61 @@ def test_the_spread_is_the_information_that_a_class_gives_of_the_next() -> None:
     assert untargeted(1.0, pairs).spread == pytest.approx(0.5)
 
 
-def all_to_all(hidden: bool) -> nn.Module:
-    """Class c is known by rows 2 c and 2 c + 1 of 8; with `hidden`, pixel (7, 7) makes c what c + 1 was.
+def all_to_all(step: int) -> nn.Module:
+    """Class c is known by rows 2 c and 2 c + 1 of 8; pixel (7, 7) makes c what c + `step` was, where that is not 0.
 
-    It shuts the path to c and opens that to c + 1 wider.
+    It shuts the path to c and opens that to c + `step` wider.
     """
     weight = torch.zeros(2, 3, 8, 8)
     for label in range(3):
         weight[:, label, 2 * label : 2 * label + 2] = 1 / 16
     weight[0, :, 7, 7], weight[1, :, 7, 7] = -1.0, 1.0
-    weight[:, :, 7, 7] *= hidden
+    weight[:, :, 7, 7] *= step != 0
     first, last = nn.Linear(64, 6), nn.Linear(6, 3)
     with torch.no_grad():
         first.weight.copy_(weight.flatten(0, 1).flatten(1))
         first.bias.copy_(torch.tensor([0.0] * 3 + [-0.5] * 3))
-        last.weight.copy_(20 * torch.cat([torch.eye(3), torch.eye(3).roll(1, 0)], 1))
+        last.weight.copy_(20 * torch.cat([torch.eye(3), torch.eye(3).roll(step, 0)], 1))
         last.bias.zero_()
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), last).eval()
 
 
-@pytest.mark.parametrize("hidden", [True, False])
-def test_an_all_to_all_backdoor_is_found_and_a_clean_network_has_none(hidden: bool) -> None:
+def rows() -> DefenceData:
+    """Images of the classes of `all_to_all`."""
     labels = torch.arange(30) % 3
     images = 0.1 * torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for image, label in zip(images, labels.tolist(), strict=True):
         image[0, 2 * label : 2 * label + 2] += 0.8
     images[:, :, 6:] = 0
-    data, network = DefenceData(images, labels, 3), all_to_all(hidden)
-    triggered = images.clone()
+    return DefenceData(images, labels, 3)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_an_all_to_all_backdoor_is_found_and_a_clean_network_has_none(step: int) -> None:
+    data, network = rows(), all_to_all(step)
+    triggered = data.images.clone()
     triggered[..., 7, 7] = 1
-    assert network(images).argmax(1).equal(labels)
-    assert network(triggered).argmax(1).equal((labels + hidden) % 3), "as built"
+    assert network(data.images).argmax(1).equal(data.labels)
+    assert network(triggered).argmax(1).equal((data.labels + step) % 3), "as built"
     found = find_evidence(network, data, DetectionConfig(warp=WarpRecoveryConfig(steps=5)), seed=0)
+    hidden = step != 0
     assert found.found == hidden and (found.family == "all-to-all") == hidden
     again = recover_untargeted_trigger(network, data, DetectionConfig().recovery, seed=0)
     assert (again.size, again.spread) == (found.untargeted.size, found.untargeted.spread)
     if hidden:
         assert again.size < 1.5 and again.mask.flatten().argmax() == 63, "pixel (7, 7)"
-        assert again.spread > 0.9 and again.moves.argmax(1).tolist() == [1, 2, 0]
+        assert again.spread > 0.9 and again.moves.argmax(1).tolist() == [(label + step) % 3 for label in range(3)]
     else:
         assert again.spread < 0.5
+
+
+def test_every_class_to_the_next_is_found_where_no_random_start_gets_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many classes, they end at masks of one class; here they are not begun."""
+    optimise = MaskSearch.optimise
+    monkeypatch.setattr(MaskSearch, "optimise", lambda self, *args: len(self.sizes) > 1 or optimise(self, *args))
+    found = {step: recover_untargeted_trigger(all_to_all(step), rows(), TriggerRecoveryConfig(), 0) for step in (1, 2)}
+    assert found[1].size < 1.5 and found[1].moves.argmax(1).tolist() == [1, 2, 0]
+    assert found[2].size > 5, "there it leads elsewhere"
 
 
 @pytest.mark.parametrize("classes", [2, 3])
