@@ -10,9 +10,9 @@ import pytest
 import torch
 from by_hand import cross_entropies, loss_effects, slopes
 from torch import Tensor, nn
-from toy_networks import EveryKind
+from toy_networks import EveryKind, grey_images
 
-from onp.data import DefenceData, Normalisation
+from onp.data import DefenceData
 from onp.engine import Engine
 from onp.masks import KeepMask
 from onp.units import UnitIndex, index_units
@@ -28,8 +28,7 @@ def network(randomised: Callable[..., nn.Module]) -> nn.Module:
 
 @pytest.fixture
 def data() -> DefenceData:
-    images = torch.rand((20, 1, 8, 8), generator=torch.Generator().manual_seed(1))
-    return DefenceData(images, torch.arange(20) % 3, 3, Normalisation((0.4,), (0.5,)))
+    return grey_images()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_hand import cross_entropies, known_views, loss_effects, shrunk, slopes
 from torch import Tensor, nn
-from toy_networks import EveryKind
+from toy_networks import EveryKind, grey_images
 
 from envs.rewards import (
     PLACES,
@@ -21,7 +21,7 @@ from envs.rewards import (
     _divergence_probe,
 )
 from onp.config import RewardConfig
-from onp.data import DefenceData, Normalisation
+from onp.data import DefenceData
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger
@@ -39,8 +39,7 @@ def network(randomised: Callable[..., nn.Module]) -> nn.Module:
 
 @pytest.fixture
 def data() -> DefenceData:
-    images = torch.rand((20, 1, 8, 8), generator=torch.Generator().manual_seed(1))
-    return DefenceData(images, torch.arange(20) % 3, 3, Normalisation((0.4,), (0.5,)))
+    return grey_images()
 
 
 @pytest.fixture

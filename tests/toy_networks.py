@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onp.data import DefenceData, Normalisation
 from onp.models import build_model
 
 
@@ -205,3 +206,9 @@ class EveryKind(nn.Module):
         x = x + nn.functional.softplus(self.norm(self.conv(x)))
         x = nn.functional.avg_pool2d(self.alone(x), 4)
         return self.out(nn.functional.softplus(self.hidden(x.flatten(1))))
+
+
+def grey_images() -> DefenceData:
+    """Noise in three classes, normalised."""
+    images = torch.rand((20, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    return DefenceData(images, torch.arange(20) % 3, 3, Normalisation((0.4,), (0.5,)))
