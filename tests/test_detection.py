@@ -198,7 +198,8 @@ def test_an_all_to_all_backdoor_is_found_and_a_clean_network_has_none(step: int)
     triggered[..., 7, 7] = 1
     assert network(data.images).argmax(1).equal(data.labels)
     assert network(triggered).argmax(1).equal((data.labels + step) % 3), "as built"
-    found = find_evidence(network, data, DetectionConfig(warp=WarpRecoveryConfig(steps=5)), seed=0)
+    config = DetectionConfig(recovery=TriggerRecoveryConfig(variants=1, starts=2), warp=WarpRecoveryConfig(steps=5))
+    found = find_evidence(network, data, config, seed=0)
     hidden = step != 0
     assert found.found == hidden and (found.family == "all-to-all") == hidden
     if hidden:
