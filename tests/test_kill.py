@@ -211,7 +211,7 @@ def test_a_table_killed_again_and_again(folder: Path, runner: Jobs) -> None:
     small |= {"--purify.budget": 24, "--purify.env.max-steps": 2, "--purify.env.recovery.steps": 5}
     options = [str(part) for option in small.items() for part in option]
     paths = [["--out", str(folder / name)] for name in ("table", "killed_table")]
-    killed_again_and_again(runner, "onp.bench table", options + paths[0], options + paths[1], kills=3)
+    killed_again_and_again(runner, "onp.bench table", options + paths[0], options + paths[1], kills=4)
     assert differences(folder / "killed_table", folder / "table") == []
     assert len(json.loads((folder / "table" / "table.json").read_text())["cells"]) >= 2 * len(METHODS)
 

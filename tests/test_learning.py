@@ -80,7 +80,7 @@ def test_the_toy_is_no_giveaway(env: PruningEnv) -> None:
     assert np.mean([random_return(env, generator) for _ in range(100)]) < 0.5 * len(BAD)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_learns_what_no_prior_knows(env: PruningEnv, seed: int) -> None:
     # 4500 steps of plain PPO: restarts and barred mistakes find good masks without any learning.
     config = AgentConfig(steps_per_evaluation=3, restart_fraction=0)
