@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+
+torch.set_num_threads(1)  # networks this small lose by threads; cores are for workers (-n)
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +31,3 @@ def randomised() -> Callable[..., nn.Module]:
         return model.eval()
 
     return randomise
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Networks this small lose by threads, and badly on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

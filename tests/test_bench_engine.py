@@ -10,8 +10,6 @@ import pytest
 
 from onp.bench import __main__ as bench
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_engine_is_measured_beside_plain_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

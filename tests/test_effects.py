@@ -17,8 +17,6 @@ from onp.engine import Engine
 from onp.masks import KeepMask
 from onp.units import UnitIndex, index_units
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def network(randomised: Callable[..., nn.Module]) -> nn.Module:

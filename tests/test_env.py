@@ -29,8 +29,6 @@ from onp.graph import EFFECTS
 from onp.masks import KeepMask, apply_mask
 from onp.trigger_recovery import RecoveredTrigger
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 REWARD = RewardConfig(clean_accuracy=0.7, clean_fidelity=2.0, unlearning=0.5, trigger_resistance=0.4)
 HALVES = (1 / 3, 1 / 2)
 """of a `TinyNet`: 2 units of layers 0 and 1 (actions 23 and 24), 4 and 6 of layer 2 (25, 26), 2 of layer 3 (27)"""

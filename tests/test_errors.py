@@ -138,12 +138,10 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def call(options: list[str]) -> tuple[int, str]:
     """Exit code and stderr of the command, inside this process."""
     err = io.StringIO()
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["onp.train", *options])
         with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as stop:
             run_command(TrainConfig, train, "onp.train")
-    torch.set_num_threads(threads)
     return int(stop.value.code or 0), err.getvalue()
 
 

@@ -34,8 +34,6 @@ from onp.stages import STAGES, rows_of
 from onp.train import TrainConfig, complete_run
 from onp.units import UnitIndex, index_units
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROWS = ["onp_finetuned", "rnp_finetuned", "rnp_removal"]
 
 

@@ -18,8 +18,6 @@ from onp.data import DefenceData
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNITS, STEPS, BUDGET = 32, 8, 1500
 BAD = frozenset({3, 8, 13, 17, 22, 29})
 

@@ -28,8 +28,6 @@ from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex, index_units
 from onp.untargeted_recovery import UntargetedTrigger
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def network(randomised: Callable[..., nn.Module]) -> nn.Module:

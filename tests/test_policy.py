@@ -28,8 +28,6 @@ from onp.errors import CheckpointError
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = AgentConfig(n_steps=8, batch_size=4, n_epochs=1)
 PRIOR_WEIGHT = 3.0
 """of an untrained policy"""

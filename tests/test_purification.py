@@ -29,8 +29,6 @@ from onp.trigger_recovery import RecoveredTrigger
 from onp.untargeted_recovery import UntargetedTrigger
 from onp.warp_recovery import RecoveredWarp
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUICK = PurifyConfig(
     budget=30,
     always=True,

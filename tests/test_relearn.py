@@ -26,9 +26,6 @@ from onp.judge import ALL_TO_ALL
 from onp.masks import masked
 from onp.train import complete_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- statements -----------------------------------------------------------------------------------------------
 
 

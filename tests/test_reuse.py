@@ -27,8 +27,6 @@ from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def data() -> DefenceData:

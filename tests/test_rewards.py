@@ -20,8 +20,6 @@ from envs.rewards import (
 )
 from onp.config import RewardConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def logits(*probabilities: list[float]) -> Tensor:
     """Logits of the given rows of probabilities, shifted by what softmax has to ignore."""

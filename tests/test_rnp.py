@@ -25,8 +25,6 @@ from onp.masks import masked
 from onp.models import build_model
 from onp.units import UnitIndex, index_units
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHARED = Path(__file__).parents[1].parent / "shared"
 WILD = SHARED / "wild" / "wrn16_1_grid_target5.pth"
 ARCHIVE = SHARED / "data" / "cifar10_lossless.tar.gz"

@@ -27,8 +27,6 @@ from onp.purification import choose_mask
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNITS = 12
 PRIOR = (5, 2, 9, 0, 7, 1, 3, 4, 6, 8, 10, 11)
 """units by first-order score, the best first"""

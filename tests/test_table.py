@@ -74,12 +74,11 @@ def call(folder: Path, out: Path, *extra: str) -> tuple[int, str, str]:
         "--purify.finalists 2 --purify.env.max-steps 2 --purify.env.recovery.steps 2 --purify.env.unlearn.max-epochs 1"
     )
     arguments = ["--models", str(folder / "suite.json"), "--out", str(out), "--defence-size", "9", "--threads", "1"]
-    stdout, stderr, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["onp.bench", "table", *arguments, *small.split(), "--seeds", "0", *extra])
         with pytest.raises(SystemExit) as stop:
             bench.main()
-    torch.set_num_threads(threads)
     return int(stop.value.code or 0), stdout.getvalue(), stderr.getvalue()
 
 
@@ -300,12 +299,11 @@ def test_an_unknown_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def terms(folder: Path, *extra: str) -> tuple[int, str, str]:
     small = "--env.max-steps 2 --env.recovery.steps 2 --env.unlearn.max-epochs 1 --threads 1"
-    stdout, stderr, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["onp.bench", "terms", "--defence-size", "9", *small.split(), *extra])
         with pytest.raises(SystemExit) as stop:
             bench.main()
-    torch.set_num_threads(threads)
     return int(stop.value.code or 0), stdout.getvalue(), stderr.getvalue()
 
 

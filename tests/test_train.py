@@ -96,12 +96,10 @@ def start(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def call(config: type[Any], job: Any, arguments: list[str]) -> tuple[int, str, str]:
     """The command inside this process, since importing takes longer than the job: exit code, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["command", *arguments])
         with pytest.raises(SystemExit) as stop:
             run_command(config, job, "command")
-    torch.set_num_threads(threads)
     return int(stop.value.code or 0), out.getvalue(), err.getvalue()
 
 

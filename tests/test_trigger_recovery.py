@@ -13,8 +13,6 @@ from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INFINITE = float("inf")
 
 
