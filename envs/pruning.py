@@ -22,6 +22,7 @@ from onp.checks import check_network
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
+from onp.errors import MaskError
 from onp.graph import build_graph
 from onp.journal import Journal
 from onp.masks import KeepMask
@@ -93,7 +94,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     the return of any prefix of an episode is the worth of its mask.
 
     ## Start
-    Every unit is kept. `reset(seed=...)` is accepted; nothing in the environment is random.
+    Every unit is kept, or those of `reset(options={"keep_mask": mask})`. `reset(seed=...)` is accepted; nothing in the
+    environment is random.
 
     ## End
     `terminated` after the stop action, or when `max_steps` steps (no-ops included) have passed: the observation shows
@@ -151,9 +153,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             }
         )
         self.action_space = spaces.Discrete(choices)
-        self.mask = self.best = self.objective.all_kept
-        self.initial_score = self.score = self.objective.score(self.mask)
-        self.steps = self.invalid_actions = 0
+        self._begin(self.objective.all_kept)
 
     @property
     def reward_evaluations(self) -> int:
@@ -172,12 +172,22 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Keep every unit again."""
+        """Keep every unit again, or those of the `KeepMask` in `options={"keep_mask": mask}`.
+
+        Raises `MaskError` where that is none of this network's.
+        """
         super().reset(seed=seed)
-        self.mask = self.best = self.objective.all_kept
-        self.score = self.initial_score
-        self.steps = self.invalid_actions = 0
+        mask = (options or {}).get("keep_mask", self.objective.all_kept)
+        if not isinstance(mask, KeepMask):
+            raise MaskError(f"options['keep_mask'] is a {type(mask).__name__}; a KeepMask is expected")
+        mask.check_fits(self.index)
+        self._begin(mask)
         return self._observation(), self._info()
+
+    def _begin(self, mask: KeepMask) -> None:
+        self.mask = self.best = mask
+        self.initial_score = self.score = self.objective.score(mask)
+        self.steps = self.invalid_actions = 0
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Prune or stop; see the class docstring."""

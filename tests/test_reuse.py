@@ -176,6 +176,28 @@ def test_the_engine_takes_masks_of_its_own_network(data: DefenceData) -> None:
 # --- settings ------------------------------------------------------------------------------------------------
 
 
+def test_an_episode_may_begin_at_a_mask(env: PruningEnv) -> None:
+    env.reset()
+    for action in (2, 5):
+        _, _, _, _, on_the_way = env.step(np.int64(action))
+    whole = env.step(np.int64(0))
+    assert not whole[2]
+    observation, info = env.reset(options={"keep_mask": on_the_way["keep_mask"]})
+    assert info["units_pruned"] == 2 and info["potential"] == on_the_way["potential"]
+    assert observation["kept"].tolist() == [int(unit not in (2, 5)) for unit in range(len(env.index))]
+    assert observation["progress"].tolist() == [1, 0]  # of an episode of its own
+    after = env.step(np.int64(0))
+    assert after[1] == whole[1] and after[4]["keep_mask"].key == whole[4]["keep_mask"].key
+    assert env.reset()[1]["units_pruned"] == 0
+
+
+def test_an_episode_begins_at_a_mask_of_its_network_alone(env: PruningEnv) -> None:
+    other = KeepMask.all_kept(index_units(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)), (1, 8, 8)))
+    for wrong, words in ((other, "other units"), ([1, 0], r"options\['keep_mask'\] is a list; a KeepMask is expected")):
+        with pytest.raises(MaskError, match=words):
+            env.reset(options={"keep_mask": wrong})
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
