@@ -27,6 +27,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
 
     Raises `ModelError` where the network's own `forward` cannot be traced, or does not fit the images.
     """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ModelError(f"{type(model).__name__} runs a network on several devices; give the network itself, .module")
     traced = copy.deepcopy(model).cpu().eval()
     graph_module = _trace_around(traced, {})
     try:
