@@ -24,7 +24,7 @@ from onp.logits import logits_of
 from onp.samples import Samples
 from onp.trigger_recovery import Patch
 from onp.units import index_units
-from onp.verdict import by_suspicion, headline
+from onp.verdict import by_suspicion, headline, percent
 
 EXAMPLES = 6
 """clean images that the recovered trigger is shown on"""
@@ -49,6 +49,7 @@ def render(
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         record=record,
         headline=headline(record),
+        percent=percent,
         rows=rows,
         largest=largest,
         suspect=names[record["suspect"]] if record["suspect"] is not None else None,

@@ -109,13 +109,19 @@ def by_suspicion(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def headline(record: dict[str, Any]) -> str:
     """The verdict in one sentence."""
-    confidence = f"probability of a backdoor {record['confidence']:.2f}"
+    confidence = f"probability of a backdoor {percent(record['confidence'])}"
     if record["verdict"] == "none":
         return f"No evidence of a backdoor ({confidence}). That is no proof that there is none."
     if record["target"] is None:
         return f"Evidence of an all-to-all backdoor: a mask that sends every class to another ({confidence})."
     suspect = label(record["classes"][record["target"]])
     return f"Evidence of a backdoor towards class {suspect}, by a {record['kind']} ({confidence})."
+
+
+def percent(probability: float) -> str:
+    """A probability to read: never 0 or 100 %, which clean images cannot tell."""
+    rounded = round(100 * probability)
+    return "< 1 %" if rounded < 1 else "> 99 %" if rounded > 99 else f"{rounded} %"
 
 
 def label(row: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from onp.bench import __main__ as bench
 from onp.commands import run_command
 from onp.detect import DetectConfig, detect
 from onp.images import read_image
+from onp.verdict import percent
 
 NETWORK = """
 from torch import nn
@@ -162,6 +163,13 @@ def test_a_clean_network_is_no_evidence(folder: Path) -> None:
     assert record["confidence"] < 0.5 and record["suspicious_units"] == []
     text = Page(page_file.read_text()).text
     assert "No evidence of a backdoor" in text and "smallest warp, pixels" in text
+
+
+@pytest.mark.parametrize(
+    ("probability", "words"), [(1.0, "> 99 %"), (0.994, "99 %"), (0.5, "50 %"), (0.006, "1 %"), (1e-9, "< 1 %")]
+)
+def test_a_probability_is_never_certainty(probability: float, words: str) -> None:
+    assert percent(probability) == words
 
 
 def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Path) -> None:
