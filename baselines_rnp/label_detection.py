@@ -73,12 +73,9 @@ class Evidence:
     @property
     def outliers(self) -> dict[Family, float]:
         """By family, how far its smallest trigger stands out (`outlier`): the untargeted mask from those of classes."""
-        height = self.mask.masks.shape[2]
-        # A warp by more than an eighth of the image's height is no hidden trigger; see `limits` for the other end.
-        warps = height / 640, height / 8
         return {
             "mask": mask_outlier(self.mask),
-            "warp": outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *warps),
+            "warp": outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits),
             "all-to-all": outlier(self.untargeted.size, min(self.mask.sizes), *limits(self.mask)),
         }
 
@@ -86,13 +83,13 @@ class Evidence:
     def strengths(self) -> dict[Family, float]:
         """By family, the outlier; that of warps as far as the unlearned copy agrees with it.
 
-        Clean networks too have a class that a far smaller warp leads to; but no unlearned copy that collapses to it.
+        Clean networks too have a class that a far smaller warp leads to, but no unlearned copy that still goes there.
         The untargeted mask counts as far as it sends every class to one of its own.
         """
         outliers = self.outliers
         return {
             "mask": outliers["mask"],
-            "warp": outliers["warp"] * self.agreement(self.warp.target),
+            "warp": outliers["warp"] * self.warp.agreement,
             "all-to-all": outliers["all-to-all"] * self.untargeted.spread,
         }
 
@@ -129,10 +126,6 @@ class Evidence:
     def found(self) -> bool:
         """The verdict: whether there is evidence of a backdoor."""
         return self.confidence >= LEAST_CONFIDENCE
-
-    def agreement(self, target: int) -> float:
-        """Clean images that the unlearned copy sends to class `target`, by those that its favourite class gets."""
-        return self.collapse[target] / max(self.collapse)
 
 
 def runner_up(sizes: tuple[float, ...]) -> float:
@@ -188,7 +181,7 @@ def find_evidence(
     progress("all-to-all mask")
     untargeted = recover_untargeted_trigger(model, data, config.recovery, seed)
     progress("recovering warps")
-    return weigh(model, data, unlearned, mask, (untargeted, recover_warp(model, data, config.warp, seed)))
+    return weigh(model, data, unlearned, mask, (untargeted, recover_warp(model, unlearned, data, config.warp, seed)))
 
 
 def weigh(

@@ -29,6 +29,7 @@ from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, index_units
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
+from onp.warp_recovery import RecoveredWarp, recover_warp
 
 Observation = dict[str, np.ndarray]
 LIMIT = 1e6  # of observations, in potential; no sane network comes near
@@ -44,7 +45,8 @@ def find_clues(
 ) -> Clues:
     """Make from clean data what the reward needs: the unlearned copy and the recovered triggers.
 
-    Where the masks of classes are conclusive, none without a target is looked for: it could not be trusted more.
+    Where the masks of classes are conclusive, none without a target is looked for, nor a warp: neither could be trusted
+    more.
     `progress` is called with what comes next.
     """
     journal = journal or Journal()
@@ -61,7 +63,11 @@ def find_clues(
         return Clues(unlearned, trigger)
     progress("all-to-all mask")
     untargeted = journal.recall("untargeted", lambda: recover_untargeted_trigger(model, data, recovery, seed).tensors())
-    return Clues(unlearned, trigger, UntargetedTrigger.of_tensors(untargeted, device))
+    progress("recovering warps")
+    warp = journal.recall("warp", lambda: recover_warp(model, unlearned, data, config.warp, seed).tensors())
+    return Clues(
+        unlearned, trigger, UntargetedTrigger.of_tensors(untargeted, device), RecoveredWarp.of_tensors(warp, device)
+    )
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex
 from onp.untargeted_recovery import UntargetedTrigger
+from onp.warp_recovery import RecoveredWarp
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,10 @@ class Score:
     terms: dict[str, float]
 
 
+Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp
+"""a trigger recovered from clean images"""
+
+
 @dataclass(frozen=True, eq=False)
 class Clues:
     """What the reward needs besides the network: made once from clean data, used for every mask."""
@@ -114,17 +120,18 @@ class Clues:
     """the recovered trigger of the suspect class"""
     untargeted: UntargetedTrigger | None = None
     """the one that makes images leave their class, whichever it is"""
+    warp: RecoveredWarp | None = None
+    """the smallest warp that leads to a class"""
 
-    @property
-    def trusts(self) -> tuple[float, float]:
-        """Trust in `mask` and in `untargeted`, in [0, 1]."""
-        return self.mask.trust, self.untargeted.trust(self.mask.sizes) if self.untargeted is not None else 0.0
-
-    @property
-    def trigger(self) -> RecoveredTrigger | UntargetedTrigger:
-        """The one that can be trusted more: what the reward goes by."""
-        mask, untargeted = self.trusts
-        return self.untargeted if self.untargeted is not None and untargeted > mask else self.mask
+    @cached_property
+    def trusted(self) -> tuple[Recovered, float]:
+        """The trigger that can be trusted most, which the reward goes by, and the trust in it, in [0, 1]."""
+        trusts: list[tuple[Recovered, float]] = [(self.mask, self.mask.trust)]
+        if self.untargeted is not None:
+            trusts.append((self.untargeted, self.untargeted.trust(self.mask.sizes)))
+        if self.warp is not None:
+            trusts.append((self.warp, self.warp.trust))
+        return max(trusts, key=lambda pair: pair[1])
 
 
 class Objective:
@@ -151,7 +158,7 @@ class Objective:
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
-        trigger, self.trust = clues.trigger, max(clues.trusts)
+        trigger, self.trust = clues.trusted
         goals = trigger.goals(data.labels)
         others = goals != data.labels
         chosen = others if bool(others.any()) else ~others

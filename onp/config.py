@@ -49,7 +49,7 @@ class TriggerRecoveryConfig:
     finalists: int = 3
     """classes with the smallest masks that are optimised for longer"""
     variants: int = 3
-    """triggers of the suspect class at the most, on pixels that differ"""
+    """masks of the suspect class at the most, on pixels that differ; with more than one, a faint pattern too"""
     starts: int = 6
     """random starts of the search for a trigger without a target"""
     learning_rate: float = 0.4
@@ -107,8 +107,22 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class EnvConfig:
-    """The pruning environment."""
+class DetectionConfig:
+    """Looking for a backdoor: what is made from clean images to tell."""
+
+    unlearn: UnlearnConfig = field(
+        default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=(), min_steps=30)
+    )
+    """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
+    recovery: TriggerRecoveryConfig = field(default_factory=lambda: TriggerRecoveryConfig(variants=1))
+    """how a mask and a pattern are recovered for every class"""
+    warp: WarpRecoveryConfig = field(default_factory=WarpRecoveryConfig)
+    """how a warp is recovered for every class"""
+
+
+@dataclass(frozen=True)
+class EnvConfig(DetectionConfig):
+    """The pruning environment; what its reward goes by is looked for as a backdoor is."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "effect_images"):
@@ -130,24 +144,8 @@ class EnvConfig:
     cache_gib: float = 4.0
     """activations kept between masks, GiB at the most"""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    unlearn: UnlearnConfig = field(
-        default_factory=lambda: UnlearnConfig(stop_on="batch", max_epochs=60, milestones=(), min_steps=30)
-    )
-    """how the unlearned copy is made; it stops at the first batch, where the backdoor is still alive"""
     recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
-    """how the trigger behind the reward is recovered from clean images"""
-
-
-@dataclass(frozen=True)
-class DetectionConfig:
-    """Looking for a backdoor: what is made from clean images to tell."""
-
-    unlearn: UnlearnConfig = field(default_factory=lambda: EnvConfig().unlearn)
-    """how the unlearned copy is made"""
-    recovery: TriggerRecoveryConfig = field(default_factory=lambda: TriggerRecoveryConfig(variants=1))
-    """how a mask and a pattern are recovered for every class"""
-    warp: WarpRecoveryConfig = field(default_factory=WarpRecoveryConfig)
-    """how a warp is recovered for every class"""
+    """how masks with patterns are recovered"""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from envs.pruning import PruningEnv, find_clues
 from envs.rewards import Clues, Objective
 from onp.checkpoints import load_checkpoint, plain_weights
 from onp.checks import check_network
-from onp.config import AgentConfig, EnvConfig, WarpRecoveryConfig
+from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
 from onp.errors import ConfigError, ModelError
@@ -36,7 +36,6 @@ from onp.journal import Journal, Values
 from onp.layout import fastest_layout
 from onp.masks import KeepMask, apply_mask
 from onp.units import UnitIndex, index_units
-from onp.warp_recovery import RecoveredWarp, recover_warp
 
 METHODS = ("rnp", "random", "ranked", "greedy", "onp")
 """defences, in the order of the table"""
@@ -72,8 +71,6 @@ class PurifyConfig:
     """environment and reward"""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """policy and PPO"""
-    warp: WarpRecoveryConfig = field(default_factory=WarpRecoveryConfig)
-    """how a warp is recovered for every class, for the verdict"""
     rnp: RNPConfig = field(default_factory=RNPConfig)
     """the RNP baseline"""
 
@@ -133,7 +130,7 @@ class Purification:
         What the network makes of a few images stands for the code of its `forward`.
         """
         data, config = self.data, self.config
-        settings = config.seed, config.env, config.warp, config.rnp
+        settings = config.seed, config.env, config.rnp
         images = data.num_classes, data.normalise, str(data.images.device)
         about = (str(self.model), settings, images, version("onp"), torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
@@ -157,24 +154,18 @@ class Purification:
 
     @cached_property
     def timed_evidence(self) -> tuple[Evidence, float]:
-        """What the clues and a recovered warp say about a backdoor, and the seconds that all of it took.
+        """What the clues say about a backdoor, and the seconds that all of it took.
 
         Raises `ModelError` where there is nothing to judge, but with `config.always`.
         """
         if not self.config.always:
             check_skill(self.model, self.data)
         clues, seconds = self.timed_clues
-        start, journal = time.perf_counter(), self._journal("clues")
-        # Without an untargeted trigger masks are conclusive.
-        others = (clues.untargeted, self._recover_warp(journal)) if clues.untargeted is not None else None
+        start = time.perf_counter()
+        found = clues.untargeted, clues.warp  # neither where masks are conclusive
+        others = (found[0], found[1]) if found[0] is not None and found[1] is not None else None
         evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, others)
-        return evidence, seconds + time.perf_counter() - start + journal.seconds
-
-    def _recover_warp(self, journal: Journal) -> RecoveredWarp:
-        model, data, config = self.model, self.data, self.config
-        self.on_clue("recovering warps")
-        found = journal.recall("warp", lambda: recover_warp(model, data, config.warp, config.seed).tensors())
-        return RecoveredWarp.of_tensors(found, data.images.device)
+        return evidence, seconds + time.perf_counter() - start
 
     @property
     def left_alone(self) -> bool:

@@ -7,8 +7,7 @@ model of a warp: `trust` says how far the smallest mask stands out, and so how f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,8 @@ from torch.nn import functional as F
 
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
+from onp.freezing import frozen
+from onp.pattern_recovery import FaintPattern, recover_faint
 
 Aim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """loss and success, (n,) each, of logits (n, classes), given what is searched for and the images' numbers, (n,) each"""
@@ -53,12 +54,17 @@ class RecoveredTrigger:
     """(variants, channels, height, width) in [0, 1]"""
     sizes: tuple[float, ...]
     """per class, the sum of its smallest mask, in pixels; infinite where no mask worked"""
+    faint: FaintPattern | None = None
+    """one more variant: a pattern over the whole image, where far less of it leads to the class than to another"""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], as a `Patch` is."""
-        turn = torch.arange(len(images), device=images.device) % len(self.masks)
-        masks = (2 * self.masks[turn]).clamp(max=1)
-        return (1 - masks) * images + masks * self.patterns[turn]
+        variants = len(self.masks) + (self.faint is not None)
+        turn = (torch.arange(len(images), device=images.device) % variants).view(-1, 1, 1, 1)
+        place = turn.flatten().clamp(max=len(self.masks) - 1)
+        masks = (2 * self.masks[place]).clamp(max=1)
+        triggered = (1 - masks) * images + masks * self.patterns[place]
+        return triggered if self.faint is None else torch.where(turn == variants - 1, self.faint(images), triggered)
 
     @property
     def patch(self) -> Patch:
@@ -72,14 +78,16 @@ class RecoveredTrigger:
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        return {"masks": self.masks.cpu(), "patterns": self.patterns.cpu(), "sizes": sizes}
+        faint = {"faint": self.faint.pattern.cpu()} if self.faint is not None else {}
+        return {"masks": self.masks.cpu(), "patterns": self.patterns.cpu(), "sizes": sizes, **faint}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredTrigger:
         """The inverse of `tensors`."""
         sizes = tensors["sizes"]
         masks, patterns = tensors["masks"].to(device), tensors["patterns"].to(device)
-        return cls(int(sizes.argmin()), masks, patterns, tuple(sizes.tolist()))
+        faint = FaintPattern(tensors["faint"].to(device)) if "faint" in tensors else None
+        return cls(int(sizes.argmin()), masks, patterns, tuple(sizes.tolist()), faint)
 
     @property
     def trust(self) -> float:
@@ -96,19 +104,6 @@ def lead(size: float, rival: float) -> float:
     return min(max(rival / size - 1, 0.0), 1.0) if size > 0 else 0.0
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode and its parameters need no gradient; it stays in eval mode."""
-    parameters = [parameter for parameter in model.eval().parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 def recover_trigger(
     model: nn.Module,
     data: DefenceData,
@@ -119,23 +114,26 @@ def recover_trigger(
     """Optimise mask and pattern of all classes side by side, and those of the smallest masks for as long again.
 
     A backdoor may answer to several parts of its trigger, and the smallest mask holds only one. So the suspect class is
-    optimised again on pixels not used yet, as long as its mask stays below the runner-up's.
+    optimised again on pixels not used yet, as long as its mask stays below the runner-up's. And a trigger may be spread
+    thinly over the whole image: where half the faint pattern that leads to the runner-up leads to the suspect class,
+    that is a variant too. Neither is looked for where `config.variants` is 1.
     """
     with frozen(model):
         search = MaskSearch(model, data, config, seed, data.num_classes, towards)
         search.optimise(torch.arange(data.num_classes), progress)
         search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
         sizes = tuple(search.sizes.tolist())
-        target, limit = int(search.sizes.argmin()), sorted(sizes)[1]
+        target, rival = search.sizes.argsort(stable=True)[:2].tolist()
         masks, patterns = [search.masks[target].clone()], [search.patterns[target].clone()]
         while len(masks) < config.variants and sizes[target] < float("inf"):
             search.restart(target, taken=torch.stack(masks).amax(0) > 0.1)
             search.optimise(torch.tensor([target]), progress)
-            if not search.sizes[target] < limit:
+            if not search.sizes[target] < sizes[rival]:
                 break
             masks.append(search.masks[target].clone())
             patterns.append(search.patterns[target].clone())
-    return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes)
+    faint = recover_faint(model, data, target, rival, config, seed) if config.variants > 1 else None
+    return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes, faint)
 
 
 def recover_patch(model: nn.Module, data: DefenceData, target: int, config: TriggerRecoveryConfig, seed: int) -> Patch:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
+from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.trigger_recovery import MaskSearch, Patch, frozen, lead, towards
+from onp.trigger_recovery import MaskSearch, Patch, lead, towards
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
         "kind": evidence.family,
         "masks_alone": alone,
         "outliers": {family: size for family, size in evidence.outliers.items() if family == "mask" or not alone},
-        "agreement": evidence.agreement(suspect) if suspect is not None else None,
+        "agreement": None if alone else evidence.warp.agreement,
         "untargeted_mask": finite(evidence.untargeted.size),
         "spread": None if alone else evidence.untargeted.spread,
         "strength": evidence.strength,

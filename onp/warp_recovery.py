@@ -7,7 +7,7 @@ clean images to it is optimised, interpolated from a coarse grid as WaNet's is (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from onp.config import WarpRecoveryConfig
 from onp.data import DefenceData
-from onp.trigger_recovery import frozen
+from onp.freezing import frozen
+from onp.logits import logits_of
+from onp.trigger_recovery import lead
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +30,41 @@ class RecoveredWarp:
     """(2, height, width), pixels to the right and further down; 0 where no warp worked"""
     sizes: tuple[float, ...]
     """per class, the mean displacement of its smallest warp, in pixels; infinite where no warp worked"""
+    agreement: float = 0.0
+    """fraction of the images of other classes that the unlearned copy, too, sends to `target` under the warp"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Warp images of shape (n, channels, height, width)."""
-        return warp(images, self.flow.expand(len(images), *self.flow.shape))
+        """Warp images of shape (n, channels, height, width) twice as far, as a `Patch` is doubled."""
+        return warp(images, (2 * self.flow).expand(len(images), *self.flow.shape))
+
+    def goals(self, labels: Tensor) -> Tensor:
+        """The classes that it leads images of classes `labels` to, (n,)."""
+        return torch.full_like(labels, self.target)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest size that a warp counts as, in pixels.
+
+        Below a 640th of the height images are sent to the class without it; beyond an eighth it is no hidden one.
+        """
+        height = self.flow.shape[1]
+        return height / 640, height / 8
+
+    @property
+    def trust(self) -> float:
+        """How far the smallest warp stands out from the runner-up's (`lead`), as far as the unlearned copy agrees.
+
+        Clean networks too have a class that a far smaller warp leads to. But in the copy, which has unlearned what
+        images look like, it leads nowhere.
+        """
+        least, most = self.limits
+        first, second = (min(max(size, least), most) for size in sorted(self.sizes)[:2])
+        return lead(first, second) * self.agreement
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""
-        return {"flow": self.flow.cpu(), "sizes": torch.tensor(self.sizes, dtype=torch.float64)}
+        sizes, agreement = (torch.tensor(value, dtype=torch.float64) for value in (self.sizes, self.agreement))
+        return {"flow": self.flow.cpu(), "sizes": sizes, "agreement": agreement}
 
     @classmethod
     def none(cls, data: DefenceData) -> RecoveredWarp:
@@ -47,7 +76,8 @@ class RecoveredWarp:
     def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredWarp:
         """The inverse of `tensors`."""
         sizes = tensors["sizes"]
-        return cls(int(sizes.argmin()), tensors["flow"].to(device), tuple(sizes.tolist()))
+        flow, agreement = tensors["flow"].to(device), float(tensors["agreement"])
+        return cls(int(sizes.argmin()), flow, tuple(sizes.tolist()), agreement)
 
 
 def warp(images: Tensor, flows: Tensor) -> Tensor:
@@ -62,19 +92,27 @@ def warp(images: Tensor, flows: Tensor) -> Tensor:
 
 def recover_warp(
     model: nn.Module,
+    unlearned: nn.Module,
     data: DefenceData,
     config: WarpRecoveryConfig,
     seed: int,
     progress: Callable[[int], None] = lambda step: None,
 ) -> RecoveredWarp:
-    """Optimise the warps of all classes side by side, and the most promising ones for as long again."""
+    """Optimise the warps of all classes side by side, and the most promising ones for as long again.
+
+    Then ask the `unlearned` copy of `model` about the smallest.
+    """
     with frozen(model):
         search = _Search(model, data, config, seed)
         search.optimise(torch.arange(data.num_classes), progress)
         promising = sorted(range(data.num_classes), key=lambda c: (float(search.sizes[c]), -float(search.success[c])))
         search.optimise(torch.tensor(sorted(promising[: config.finalists])), progress)
     target = int(search.sizes.argmin())
-    return RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
+    found = RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
+    answers = logits_of(unlearned.eval(), data.normalise(found(data.images))).argmax(1)
+    others = data.labels != target
+    agreement = float((answers[others] == target).float().mean()) if bool(others.any()) else 0.0
+    return replace(found, agreement=agreement)
 
 
 class _Search:

@@ -1,0 +1,70 @@
+"""Recover the faint pattern that a network may hide, from clean images.
+
+A trigger that is spread thinly over the whole image (a blended picture, an invisible perturbation) has no small mask;
+the mask that Neural Cleanse finds in its place works like a part of it. So the weakest pattern that, added to clean
+images, sends them to a class is optimised: for a backdoor's target class it is far weaker than for any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onp.config import TriggerRecoveryConfig
+from onp.data import DefenceData
+from onp.freezing import frozen
+
+
+@dataclass(frozen=True, eq=False)
+class FaintPattern:
+    """A recovered pattern that is added to images."""
+
+    pattern: Tensor
+    """(channels, height, width), in units of images in [0, 1]"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Add it to images of shape (n, channels, height, width) in [0, 1], doubled as a `Patch` is."""
+        return (images + 2 * self.pattern).clamp(0, 1)
+
+
+def recover_faint(
+    model: nn.Module, data: DefenceData, target: int, rival: int, config: TriggerRecoveryConfig, seed: int
+) -> FaintPattern | None:
+    """The weakest pattern that leads to class `target`; None where class `rival` needs less than twice as much."""
+    with frozen(model):
+        pattern, size = _shrink(model, data, target, config, seed)
+        _, most = _shrink(model, data, rival, config, seed)
+    return FaintPattern(pattern) if 2 * size <= most and size < float("inf") else None
+
+
+def _shrink(
+    model: nn.Module, data: DefenceData, goal: int, config: TriggerRecoveryConfig, seed: int
+) -> tuple[Tensor, float]:
+    """The weakest pattern that leads to class `goal`, and its norm: infinite where none does.
+
+    The weight of the norm adapts to the pattern's success, as that of a mask's size does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, batch = data.images, min(config.batch_size, len(data))
+    pattern = (0.01 * torch.randn(data.input_shape, generator=generator)).to(images.device).requires_grad_()
+    goals = torch.full((batch,), goal, device=images.device)
+    optimizer = torch.optim.Adam([pattern], 0.01, betas=(0.5, 0.9))
+    best, least, weight, success = torch.zeros_like(images[0]), float("inf"), 0.1, 0.0
+    for step in range(config.steps):
+        chosen = torch.randint(len(data), (batch,), generator=generator).to(images.device)
+        triggered = (images[chosen] + pattern).clamp(0, 1)
+        logits = model(data.normalise(triggered).contiguous(memory_format=torch.channels_last))
+        size = pattern.norm()
+        optimizer.zero_grad()
+        (F.cross_entropy(logits, goals) + weight * size).backward()
+        hits = float((logits.argmax(1) == goals).float().mean())
+        success = 0.8 * success + 0.2 * hits
+        if min(success, hits) >= 0.95 and (norm := float(size.detach())) < least:
+            best, least = pattern.detach().clone(), norm
+        optimizer.step()
+        if step % 5 == 4:
+            weight *= 1.5 if success > 0.98 else 1 / 1.5 if success < 0.95 else 1
+    return best, least
