@@ -47,19 +47,25 @@ def test_a_warp_samples_where_its_flow_points() -> None:
 
 
 def test_the_class_behind_the_smallest_warp_is_found() -> None:
-    """Bars stand in column 8; class 1 is a bar two columns further, class 0 one six columns further."""
+    """Bars stand in column 8; class 1 is a bar two to five columns further, class 0 one six or more columns further."""
     weight = torch.zeros(3, 1, 32, 32)
-    for label, column in enumerate((14, 10, 8)):
-        weight[label, :, :, column] = 1
+    for label, columns in enumerate((slice(14, 24), slice(10, 14), slice(8, 9))):
+        weight[label, :, :, columns] = 1
     images = 0.05 * torch.rand(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     images[:, :, :, 8] = 1
     network = linear(weight.flatten(1))
     assert network(images).argmax(1).tolist() == [2] * 16, "that of the bars as they are, which is not searched"
     data = DefenceData(images, torch.zeros(16, dtype=torch.long), 2)
-    recovered = recover_warp(network, data, WarpRecoveryConfig(), seed=0)
+    recovered = recover_warp(network, network, data, WarpRecoveryConfig(), seed=0)
     assert recovered.target == 1 and recovered.sizes[1] < recovered.sizes[0]
-    success = network(recovered(images)).argmax(1) == 1
-    assert success.float().mean() >= 0.6, "it works on 80 % of a batch"
+    for strength in (1, 2):
+        warped = warp(images, (strength * recovered.flow).expand(16, *recovered.flow.shape))
+        success = network(warped).argmax(1) == 1
+        assert success.float().mean() >= 0.6, "it works on 80 % of a batch"
+    assert torch.equal(recovered(images), warped), "shown twice as far, as a mask is shown twice as dense"
+    assert recovered.agreement == pytest.approx(float(success.float().mean())), "this copy says what the network says"
+    deaf = recover_warp(network, linear(torch.zeros(3, 1024)), data, WarpRecoveryConfig(), seed=0)
+    assert deaf.target == 1 and deaf.agreement == 0, "a copy that always says class 0"
     assert recovered.sizes[1] == pytest.approx(float(recovered.flow.norm(dim=0).mean()), rel=1e-4)
     assert all(parameter.requires_grad for parameter in network.parameters())
 
@@ -76,9 +82,10 @@ def evidence(
     warps: tuple[float, ...],
     shares: tuple[float, ...],
     everyone: UntargetedTrigger | None = None,
+    agreement: float = 1.0,
 ) -> Evidence:
     mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
-    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps)
+    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps, agreement)
     return Evidence(nn.Identity(), shares, mask, warp, everyone or untargeted(math.inf, torch.zeros(3, 3)), 1.0)
 
 
@@ -95,11 +102,11 @@ def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
     by_mask = evidence((40.0, 4.0, 40.0), (0.5, 0.4, 0.3), (0.4, 0.2, 0.4))
     assert (by_mask.family, by_mask.trigger.target) == ("mask", 1)
     assert by_mask.strength == pytest.approx(math.log(10)), "whatever the unlearned copy says"
-    by_warp = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.1, 0.5, 0.4))
+    by_warp = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.1, 0.5, 0.4), agreement=0.8)
     assert (by_warp.family, by_warp.trigger.target) == ("warp", 2)
-    assert by_warp.strength == pytest.approx(0.8 * math.log(4)) and by_warp.agreement(2) == pytest.approx(0.8)
-    alone = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.98, 0.01, 0.01))
-    assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy collapses there"
+    assert by_warp.strength == pytest.approx(0.8 * math.log(4))
+    alone = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.98, 0.01, 0.01), agreement=0.01)
+    assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy goes there"
     far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
 

@@ -78,7 +78,9 @@ def make_env(data: DefenceData, clues: Clues, **settings: Any) -> PruningEnv:
 
 
 def quick_config() -> EnvConfig:
-    return EnvConfig(4, unlearn=UnlearnConfig(max_epochs=2), recovery=TriggerRecoveryConfig(steps=6, batch_size=4))
+    return EnvConfig(
+        max_steps=4, unlearn=UnlearnConfig(max_epochs=2), recovery=TriggerRecoveryConfig(steps=6, batch_size=4)
+    )
 
 
 def made(data: DefenceData) -> gym.Env[Any, Any]:
@@ -518,7 +520,7 @@ def test_twins_in_a_vectorised_environment_go_the_way_of_single_ones(data: Defen
 
 def test_an_episode_leaves_both_networks_bit_identical(data: DefenceData, clues: Clues) -> None:
     model = TinyNet()
-    env = PruningEnv(model, data, EnvConfig(5, reward=REWARD), clues)
+    env = PruningEnv(model, data, EnvConfig(max_steps=5, reward=REWARD), clues)
     networks = (model, clues.unlearned)
     before = [copy.deepcopy(network.state_dict()) for network in networks]
     flags = [[parameter.requires_grad for parameter in network.parameters()] for network in networks]
@@ -572,9 +574,9 @@ def test_no_place_for_a_known_trigger(function: Any) -> None:
 def test_a_trigger_is_refused(data: DefenceData, clues: Clues) -> None:
     model: Any = TinyNet()
     with pytest.raises(TypeError, match="trigger"):
-        PruningEnv(model, data, quick_config(), clues, trigger=clues.trigger)  # type: ignore[call-arg]
+        PruningEnv(model, data, quick_config(), clues, trigger=clues.mask)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="trigger"):
-        find_clues(model, data, quick_config(), 0, trigger=clues.trigger)  # type: ignore[call-arg]
+        find_clues(model, data, quick_config(), 0, trigger=clues.mask)  # type: ignore[call-arg]
     index = make_env(data, clues).index
     with pytest.raises(TypeError, match="trigger"):
-        Objective(model, clues, index, data, REWARD, trigger=clues.trigger)  # type: ignore[call-arg]
+        Objective(model, clues, index, data, REWARD, trigger=clues.mask)  # type: ignore[call-arg]

@@ -34,7 +34,7 @@ QUICK = PurifyConfig(
     always=True,
     finalists=4,
     env=EnvConfig(
-        4,
+        max_steps=4,
         unlearn=UnlearnConfig(max_epochs=3, stop_on="batch", milestones=()),
         recovery=TriggerRecoveryConfig(steps=15, batch_size=4),
     ),
@@ -194,13 +194,12 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
 ) -> None:
     """The verdict is that of `onp.detect`: a mask, a warp or an untargeted mask that stands out, or nothing."""
     mask = RecoveredTrigger(masks.index(min(masks)), torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), masks)
-    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps)
+    warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps, agreement=1.0)
     everyone = UntargetedTrigger(mask.masks[0], mask.patterns[0], untargeted, torch.eye(3).roll(1, 1))
     given = Evidence(network(1), (0.1, 0.8, 0.1), mask, warp, everyone, clean_accuracy=0.9)
-    monkeypatch.setattr("onp.purification.find_clues", lambda *_: Clues(given.unlearned, mask, everyone))
+    monkeypatch.setattr("onp.purification.find_clues", lambda *_: Clues(given.unlearned, mask, everyone, warp))
     monkeypatch.setattr("onp.purification.weigh", lambda *_: given)
     monkeypatch.setattr("onp.purification.check_skill", lambda *_: None)
-    monkeypatch.setattr("onp.purification.recover_warp", lambda *_: warp)
     config = replace(QUICK, always=False)
     for method in METHODS:
         result = Purification(network(), data, config).run(method)
@@ -215,13 +214,13 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
 
 def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, tmp_path: Path) -> None:
     """With more variants of the trigger for the reward, from the same computations; asked again, from the journal."""
-    env, warp = replace(QUICK.env, recovery=TriggerRecoveryConfig(steps=20)), WarpRecoveryConfig(steps=5)
-    config = replace(QUICK, env=env, warp=warp, always=True)
+    env = replace(QUICK.env, recovery=TriggerRecoveryConfig(steps=20), warp=WarpRecoveryConfig(steps=5))
+    config = replace(QUICK, env=env, always=True)
     skilled = network()
     with torch.no_grad():
         skilled[-1].bias -= skilled(data.inputs).mean(0)  # every class is somebody's
     known = DefenceData(data.images, skilled(data.inputs).argmax(1), data.num_classes)
-    detection = DetectionConfig(env.unlearn, replace(env.recovery, variants=1), warp)
+    detection = DetectionConfig(env.unlearn, replace(env.recovery, variants=1), env.warp)
     announced = list[str]()
     alone = find_evidence(skilled, known, detection, config.seed, announced.append)
     for journal in (None, tmp_path, tmp_path):
@@ -244,10 +243,11 @@ def test_where_masks_are_conclusive_neither_reward_nor_verdict_has_more(
 ) -> None:
     masks = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (2.0, 20.0, 30.0))
     monkeypatch.setattr("envs.pruning.recover_trigger", lambda *_: masks)
-    for name in ("envs.pruning.recover_untargeted_trigger", "onp.purification.recover_warp"):
+    for name in ("envs.pruning.recover_untargeted_trigger", "envs.pruning.recover_warp"):
         monkeypatch.setattr(name, None)
     purification = Purification(network(), data, QUICK)
-    assert purification.timed_clues[0].untargeted is None and purification.timed_clues[0].trusts == (1, 0)
+    clues, _ = purification.timed_clues
+    assert clues.untargeted is None and clues.warp is None and clues.trusted == (clues.mask, 1)
     assert purification.timed_evidence[0].masks_alone and purification.timed_evidence[0].suspect == 0
 
 

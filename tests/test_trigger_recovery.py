@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
+from onp.pattern_recovery import FaintPattern, recover_faint
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 
 INFINITE = float("inf")
@@ -50,6 +51,14 @@ def test_variants_of_a_recovered_trigger_take_turns() -> None:
     shown = RecoveredTrigger(0, masks, patterns, (1.0, 2.0))(torch.full((5, 2, 1, 2), 0.4))
     first, second = torch.tensor([[[1.0, 0.4]], [[0.5, 0.4]]]), torch.tensor([[[0.4, 0.2]], [[0.4, 0.6]]])
     assert torch.allclose(shown, torch.stack([first, second, first, second, first]))
+
+
+def test_a_faint_pattern_is_the_last_variant_and_is_added_twice() -> None:
+    mask, pattern = torch.tensor([[[[0.5, 0.0]]]]), torch.tensor([[[[1.0, 9.0]]]])
+    found = RecoveredTrigger(0, mask, pattern, (1.0, 2.0), FaintPattern(torch.tensor([[[0.1, -0.3]]])))
+    for trigger in (found, RecoveredTrigger.of_tensors(found.tensors(), torch.device("cpu"))):
+        shown = trigger(torch.full((3, 1, 1, 2), 0.4))
+        assert torch.allclose(shown, torch.tensor([[[[1.0, 0.4]]], [[[0.6, 0.0]]], [[[1.0, 0.4]]]]))
 
 
 # --- recovery -------------------------------------------------------------------------------------------
@@ -258,3 +267,49 @@ def test_variants_keep_off_each_others_pixels_and_change_no_size(clean: DefenceD
 def test_there_are_no_variants_of_what_never_worked(clean: DefenceData) -> None:
     found = recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=1, variants=3), seed=0)
     assert found.trust == 0 and found.masks.shape == (1, 1, 8, 8)
+
+
+# --- faint patterns -------------------------------------------------------------------------------------
+
+
+class Faint(nn.Module):
+    """Class 0 as it is; what goes along a scattered pattern is class 2 from a norm of 0.5 on, along another class 1."""
+
+    def __init__(self, rival: float) -> None:
+        super().__init__()
+        directions = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+        self.directions = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
+        self.least = torch.tensor([rival, 0.5])
+
+    def forward(self, x: Tensor) -> Tensor:
+        along = (x.flatten(1) - 0.5) @ self.directions.T
+        return torch.cat([torch.zeros(len(x), 1), 40 * (along - self.least)], 1)
+
+
+@pytest.mark.parametrize(("rival", "found"), [(1.5, True), (0.7, False), (90.0, True)])
+def test_a_pattern_is_found_where_half_of_the_rivals_does(rival: float, found: bool) -> None:
+    grey = DefenceData(torch.full((20, 1, 8, 8), 0.5), torch.arange(20) % 3, 3)
+    model = Faint(rival)
+    faint = recover_faint(model, grey, 2, 1, TriggerRecoveryConfig(), seed=0)
+    assert (faint is not None) == found
+    if faint is None:
+        return
+    size, direction = float(faint.pattern.norm()), model.directions[1].detach()
+    assert 0.5 <= size < 0.6 and float(faint.pattern.flatten() @ direction) > 0.9 * size
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert recover_faint(model, grey, 1, 2, TriggerRecoveryConfig(), seed=0) is None, "the rival's is the smaller"
+
+
+def test_no_pattern_is_found_where_none_works() -> None:
+    grey = DefenceData(torch.full((20, 1, 8, 8), 0.5), torch.arange(20) % 3, 3)
+    model = Faint(90.0)
+    model.least[1] = 90.0
+    assert recover_faint(model, grey, 2, 1, TriggerRecoveryConfig(), seed=0) is None
+
+
+def test_a_faint_pattern_is_looked_for_with_the_variants_alone(clean: DefenceData) -> None:
+    """A spread pattern works on the planted network too; the two other classes have to be bright all over."""
+    one, more = (recover_trigger(Backdoored(), clean, replace(RECOVERY, variants=count), seed=0) for count in (1, 2))
+    assert one.faint is None and more.faint is not None
+    with torch.no_grad():
+        assert float((Backdoored()(more.faint(clean.images)).argmax(1) == 2).float().mean()) > 0.9
