@@ -150,7 +150,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert "From the network (Neural Cleanse)" in page.text and "Through the unlearned copy (RNP)" in page.text
     assert "<i>2" in page.text and record["checkpoint_sha256"] in page.text
     assert not re.search(r"url\(|@import", page_file.read_text())
-    assert "the masks say enough" in page.text and "agreement" in page.text and "spread" not in page.text
+    assert "the masks say enough" in page.text and "agreement" not in page.text and "spread" not in page.text
     assert "smallest mask, pixels" in page.text and "smallest warp, pixels" not in page.text
 
 
@@ -162,7 +162,8 @@ def test_a_clean_network_is_no_evidence(folder: Path) -> None:
     assert (record["verdict"], record["target"], record["samples"]) == ("none", None, None)
     assert record["confidence"] < 0.5 and record["suspicious_units"] == []
     text = Page(page_file.read_text()).text
-    assert "No evidence of a backdoor" in text and "smallest warp, pixels" in text
+    assert "No evidence of a backdoor" in text and "smallest warp, pixels" in text and "agreement" in text
+    assert 0 <= record["agreement"] <= 1
 
 
 @pytest.mark.parametrize(
