@@ -8,50 +8,30 @@ all-to-all attack does. The confidence is calibrated on networks of known truth.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from typing import Literal
 
 from torch import nn
 
-from baselines_rnp.unlearn import unlearn
+from baselines_rnp.calibration import Calibration, limits, mask_outlier, outlier, runner_up
 from onp.checks import check_network
+from onp.clues import Clues, find_clues
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
 from onp.layout import fastest_layout
 from onp.logits import logits_of
-from onp.trigger_recovery import RecoveredTrigger, recover_trigger
-from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
-from onp.warp_recovery import RecoveredWarp, recover_warp
+from onp.trigger_recovery import RecoveredTrigger
+from onp.untargeted_recovery import UntargetedTrigger
+from onp.warp_recovery import RecoveredWarp
 
 LEAST_CONFIDENCE = 0.5
 """confidence from which the verdict is that there is evidence"""
 LEAST_SKILL = 0.2
 """accuracy from which a network can be judged: 0 is that of always giving the most frequent class, 1 is 100 %"""
 Family = Literal["mask", "warp", "all-to-all"]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A logistic regression on the strength of the evidence."""
-
-    weight: float
-    intercept: float
-
-    @classmethod
-    def of_package(cls) -> Calibration:
-        """The one that comes with the package; `calibration.json` says how it was made."""
-        record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
-        return cls(record["weight"], record["intercept"])
-
-    def __call__(self, strength: float) -> float:
-        """Probability of a backdoor, if half of all networks had one, for `Evidence.strength`."""
-        return 1 / (1 + math.exp(-self.intercept - self.weight * strength))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,35 +108,6 @@ class Evidence:
         return self.confidence >= LEAST_CONFIDENCE
 
 
-def runner_up(sizes: tuple[float, ...]) -> float:
-    """The smallest size but one."""
-    return sorted(sizes)[1]
-
-
-def outlier(size: float, rival: float, least: float, most: float) -> float:
-    """Log of the rival's size over `size`, at least 0; both count as within `least` and `most`."""
-    first, second = (min(max(value, least), most) for value in (size, rival))
-    return max(math.log(second / first), 0.0)
-
-
-def limits(mask: RecoveredTrigger) -> tuple[float, float]:
-    """The least and the largest size that a mask counts as, in pixels.
-
-    It can cover the whole image; where less than a pixel leads to a class, images are sent there without it.
-    """
-    return 1.0, float(mask.masks[0].numel())
-
-
-def mask_outlier(mask: RecoveredTrigger) -> float:
-    """How far the smallest mask of a class stands out from those of the others."""
-    return outlier(min(mask.sizes), runner_up(mask.sizes), *limits(mask))
-
-
-def conclusive(mask: RecoveredTrigger, probability: float) -> bool:
-    """Whether the masks of classes alone speak for a backdoor with so much probability."""
-    return Calibration.of_package()(mask_outlier(mask)) >= probability
-
-
 def find_evidence(
     model: nn.Module,
     data: DefenceData,
@@ -172,29 +123,20 @@ def find_evidence(
     model = model.eval().to(memory_format=fastest_layout(model))
     data = check_network(model, data)
     check_skill(model, data)
-    progress("unlearning a copy")
-    unlearned = unlearn(model, data, config.unlearn, seed).model
-    progress("recovering masks")
-    mask = recover_trigger(model, data, config.recovery, seed)
-    if conclusive(mask, config.recovery.conclusive):
-        return weigh(model, data, unlearned, mask)
-    progress("all-to-all mask")
-    untargeted = recover_untargeted_trigger(model, data, config.recovery, seed)
-    progress("recovering warps")
-    return weigh(model, data, unlearned, mask, (untargeted, recover_warp(model, unlearned, data, config.warp, seed)))
+    return weigh(model, data, find_clues(model, data, config, seed, progress=progress))
 
 
-def weigh(
-    model: nn.Module,
-    data: DefenceData,
-    unlearned: nn.Module,
-    mask: RecoveredTrigger,
-    others: tuple[UntargetedTrigger, RecoveredWarp] | None = None,
-) -> Evidence:
-    """The evidence in an unlearned copy and recovered triggers of `model`; `others` is None where masks say enough."""
-    untargeted, warp = others or (UntargetedTrigger.none(data), RecoveredWarp.none(data))
-    shares, accuracy = collapse(unlearned, data), clean_accuracy(model, data)
-    return Evidence(unlearned, shares, mask, warp, untargeted, accuracy, masks_alone=others is None)
+def weigh(model: nn.Module, data: DefenceData, clues: Clues) -> Evidence:
+    """The evidence in what was found about `model`."""
+    return Evidence(
+        clues.unlearned,
+        collapse(clues.unlearned, data),
+        clues.mask,
+        clues.warp or RecoveredWarp.none(data),
+        clues.untargeted or UntargetedTrigger.none(data),
+        clean_accuracy(model, data),
+        masks_alone=clues.warp is None,
+    )
 
 
 def clean_accuracy(model: nn.Module, data: DefenceData) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -13,12 +12,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from baselines_rnp.label_detection import conclusive
-from baselines_rnp.unlearn import unlearn
 from envs.actions import ActionSet
-from envs.rewards import TERMS, Clues, Objective
-from onp.checkpoints import plain_weights
+from envs.rewards import TERMS, Objective
 from onp.checks import check_network
+from onp.clues import Clues, find_clues
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
@@ -26,48 +23,10 @@ from onp.errors import MaskError
 from onp.graph import build_graph
 from onp.journal import Journal
 from onp.masks import KeepMask
-from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.units import UnitIndex, index_units
-from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
-from onp.warp_recovery import RecoveredWarp, recover_warp
 
 Observation = dict[str, np.ndarray]
 LIMIT = 1e6  # of observations, in potential; no sane network comes near
-
-
-def find_clues(
-    model: nn.Module,
-    data: DefenceData,
-    config: EnvConfig,
-    seed: int,
-    journal: Journal | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Clues:
-    """Make from clean data what the reward needs: the unlearned copy and the recovered triggers.
-
-    Where the masks of classes are conclusive, none without a target is looked for, nor a warp: neither could be trusted
-    more.
-    `progress` is called with what comes next.
-    """
-    journal = journal or Journal()
-    progress("unlearning a copy")
-    unlearned = copy.deepcopy(model).eval()
-    unlearned.load_state_dict(
-        journal.recall("unlearned", lambda: plain_weights(unlearn(model, data, config.unlearn, seed).model))
-    )
-    device, recovery = data.images.device, config.recovery
-    progress("recovering masks")
-    mask = journal.recall("trigger", lambda: recover_trigger(model, data, recovery, seed).tensors())
-    trigger = RecoveredTrigger.of_tensors(mask, device)
-    if conclusive(trigger, recovery.conclusive):
-        return Clues(unlearned, trigger)
-    progress("all-to-all mask")
-    untargeted = journal.recall("untargeted", lambda: recover_untargeted_trigger(model, data, recovery, seed).tensors())
-    progress("recovering warps")
-    warp = journal.recall("warp", lambda: recover_warp(model, unlearned, data, config.warp, seed).tensors())
-    return Clues(
-        unlearned, trigger, UntargetedTrigger.of_tensors(untargeted, device), RecoveredWarp.of_tensors(warp, device)
-    )
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):

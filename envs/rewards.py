@@ -8,22 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from onp.clues import Clues
 from onp.config import RewardConfig
 from onp.data import DefenceData, random_crop_and_flip
 from onp.engine import ActivationCache, Engine
 from onp.journal import Journal, Values
 from onp.masks import KeepMask
-from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex
-from onp.untargeted_recovery import UntargetedTrigger
-from onp.warp_recovery import RecoveredWarp
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,34 +101,6 @@ class Score:
 
     potential: float
     terms: dict[str, float]
-
-
-Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp
-"""a trigger recovered from clean images"""
-
-
-@dataclass(frozen=True, eq=False)
-class Clues:
-    """What the reward needs besides the network: made once from clean data, used for every mask."""
-
-    unlearned: nn.Module
-    """the unlearned copy, its backdoor alive"""
-    mask: RecoveredTrigger
-    """the recovered trigger of the suspect class"""
-    untargeted: UntargetedTrigger | None = None
-    """the one that makes images leave their class, whichever it is"""
-    warp: RecoveredWarp | None = None
-    """the smallest warp that leads to a class"""
-
-    @cached_property
-    def trusted(self) -> tuple[Recovered, float]:
-        """The trigger that can be trusted most, which the reward goes by, and the trust in it, in [0, 1]."""
-        trusts: list[tuple[Recovered, float]] = [(self.mask, self.mask.trust)]
-        if self.untargeted is not None:
-            trusts.append((self.untargeted, self.untargeted.trust(self.mask.sizes)))
-        if self.warp is not None:
-            trusts.append((self.warp, self.warp.trust))
-        return max(trusts, key=lambda pair: pair[1])
 
 
 class Objective:

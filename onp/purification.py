@@ -23,10 +23,11 @@ from agents.ppo import LearningCurve, build_agent, roll_out, train_agent
 from agents.search import SEARCHES
 from baselines_rnp.label_detection import Evidence, check_skill, weigh
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
-from envs.pruning import PruningEnv, find_clues
-from envs.rewards import Clues, Objective
+from envs.pruning import PruningEnv
+from envs.rewards import Objective
 from onp.checkpoints import load_checkpoint, plain_weights
 from onp.checks import check_network
+from onp.clues import Clues, find_clues
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
@@ -162,9 +163,7 @@ class Purification:
             check_skill(self.model, self.data)
         clues, seconds = self.timed_clues
         start = time.perf_counter()
-        found = clues.untargeted, clues.warp  # neither where masks are conclusive
-        others = (found[0], found[1]) if found[0] is not None and found[1] is not None else None
-        evidence = weigh(self.model, self.data, clues.unlearned, clues.mask, others)
+        evidence = weigh(self.model, self.data, clues)
         return evidence, seconds + time.perf_counter() - start
 
     @property

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baselines_rnp.label_detection import (
-    Calibration,
-)
+from baselines_rnp.calibration import Calibration
 from onp.bench.calibrate import CalibrateConfig, fit_calibration, leave_one_out, run_calibrate
 from onp.errors import ConfigError, FileError, OnpError
 

@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 from toy_networks import linear
 
-from baselines_rnp.label_detection import (
-    Calibration,
-    Evidence,
-    collapse,
-    conclusive,
-    find_evidence,
-    outlier,
-    runner_up,
-    weigh,
-)
+from baselines_rnp.calibration import Calibration, conclusive, outlier, runner_up
+from baselines_rnp.label_detection import Evidence, collapse, find_evidence, weigh
 from baselines_rnp.patch_recovery import recover_patches, success
 from onp.attacks.triggers import Trigger
 from onp.bench.patches import cosine, overlap
+from onp.clues import Clues
 from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
@@ -127,7 +120,7 @@ def test_masks_alone_are_conclusive_from_a_confidence_on() -> None:
 
 def test_what_was_not_looked_for_says_nothing() -> None:
     network, images = linear(torch.eye(3, 64)), DefenceData(torch.rand(6, 1, 8, 8), torch.arange(6) % 3, 3)
-    found = weigh(network, images, network, mask := masks(40.0, 4.0, 30.0))
+    found = weigh(network, images, Clues(network, mask := masks(40.0, 4.0, 30.0)))
     assert found.masks_alone and found.mask is mask and (found.family, found.suspect) == ("mask", 1)
     assert found.strengths == {"mask": pytest.approx(math.log(30 / 4)), "warp": 0, "all-to-all": 0}
 
@@ -140,9 +133,9 @@ def test_nothing_else_is_looked_for_where_masks_are_conclusive(monkeypatch: pyte
     network = linear(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
     data = DefenceData(images, network(images).argmax(1).detach(), 3)
     monkeypatch.setattr("baselines_rnp.label_detection.check_skill", lambda *_: None)
-    monkeypatch.setattr("baselines_rnp.label_detection.recover_trigger", lambda *_: masks(40.0, 4.0, 30.0))
+    monkeypatch.setattr("onp.clues.recover_trigger", lambda *_: masks(40.0, 4.0, 30.0))
     for name in ("recover_untargeted_trigger", "recover_warp"):
-        monkeypatch.setattr(f"baselines_rnp.label_detection.{name}", never)
+        monkeypatch.setattr(f"onp.clues.{name}", never)
     config, stages = DetectionConfig(), list[str]()
     assert find_evidence(network, data, config, 0, stages.append).masks_alone
     assert stages == ["unlearning a copy", "recovering masks"]

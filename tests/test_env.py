@@ -21,8 +21,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
 import envs  # noqa: F401 (registers the environment)
-from envs.pruning import LIMIT, PruningEnv, find_clues
-from envs.rewards import TERMS, Clues, Objective
+from envs.pruning import LIMIT, PruningEnv
+from envs.rewards import TERMS, Objective
+from onp.clues import Clues, find_clues
 from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData, Normalisation
 from onp.graph import EFFECTS

@@ -14,12 +14,8 @@ from by_hand import cross_entropies, known_views, loss_effects, shrunk, slopes
 from torch import Tensor, nn
 from toy_networks import EveryKind, grey_images
 
-from envs.rewards import (
-    PLACES,
-    Clues,
-    Objective,
-    _divergence_probe,
-)
+from envs.rewards import PLACES, Objective, _divergence_probe
+from onp.clues import Clues
 from onp.config import RewardConfig
 from onp.data import DefenceData
 from onp.engine import Engine

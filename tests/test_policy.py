@@ -20,8 +20,8 @@ from torch_geometric.data import Data
 from agents.policy import GraphPolicy, PointerNetwork
 from agents.ppo import build_agent, train_agent
 from envs.pruning import PruningEnv
-from envs.rewards import Clues
 from onp.checkpoints import load_checkpoint, save_weights
+from onp.clues import Clues
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.errors import CheckpointError

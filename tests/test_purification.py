@@ -19,7 +19,8 @@ from baselines_rnp.label_detection import Evidence, find_evidence
 from baselines_rnp.recover import RecoverConfig
 from baselines_rnp.rnp import RNPConfig
 from envs.pruning import PruningEnv
-from envs.rewards import Clues, Objective
+from envs.rewards import Objective
+from onp.clues import Clues
 from onp.config import AgentConfig, DetectionConfig, EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.errors import ConfigError, ModelError
@@ -242,8 +243,8 @@ def test_where_masks_are_conclusive_neither_reward_nor_verdict_has_more(
     data: DefenceData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masks = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (2.0, 20.0, 30.0))
-    monkeypatch.setattr("envs.pruning.recover_trigger", lambda *_: masks)
-    for name in ("envs.pruning.recover_untargeted_trigger", "envs.pruning.recover_warp"):
+    monkeypatch.setattr("onp.clues.recover_trigger", lambda *_: masks)
+    for name in ("onp.clues.recover_untargeted_trigger", "onp.clues.recover_warp"):
         monkeypatch.setattr(name, None)
     purification = Purification(network(), data, QUICK)
     clues, _ = purification.timed_clues

@@ -17,8 +17,8 @@ from toy_networks import TinyNet, linear
 from agents.ppo import build_agent
 from baselines_rnp.unlearn import unlearn
 from envs.pruning import PruningEnv
-from envs.rewards import Clues
 from onp.checks import check_network
+from onp.clues import Clues
 from onp.config import AgentConfig, EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData
 from onp.engine import Engine

@@ -19,7 +19,8 @@ from agents.ppo import build_agent, roll_out, train_agent
 from agents.search import SEARCHES, greedy_search, one_shot_ranking, random_search, ranked_units
 from envs import pruning
 from envs.pruning import PruningEnv
-from envs.rewards import PLACES, TERMS, Clues, Objective, Score
+from envs.rewards import PLACES, TERMS, Objective, Score
+from onp.clues import Clues
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.masks import KeepMask

@@ -8,7 +8,8 @@ from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
-from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration
+from baselines_rnp.calibration import Calibration
+from baselines_rnp.label_detection import LEAST_CONFIDENCE
 from onp.checkpoints import read_json, write_json
 from onp.commands import console
 from onp.errors import ConfigError

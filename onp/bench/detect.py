@@ -12,7 +12,8 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from baselines_rnp.label_detection import LEAST_CONFIDENCE, Calibration, Evidence, find_evidence
+from baselines_rnp.calibration import Calibration
+from baselines_rnp.label_detection import LEAST_CONFIDENCE, Evidence, find_evidence
 from baselines_rnp.patch_recovery import recover_patches
 from baselines_rnp.sample_detection import strip, unlearned_agreement
 from onp.attacks.triggers import Trigger, load_trigger

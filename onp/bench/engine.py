@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents.ppo import build_agent
-from envs.pruning import PruningEnv, find_clues
-from envs.rewards import Clues
+from envs.pruning import PruningEnv
 from onp import load_defence_data
 from onp.checkpoints import load_checkpoint, write_atomically
+from onp.clues import Clues, find_clues
 from onp.commands import console, release_freed_memory
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
