@@ -24,7 +24,7 @@ import envs  # noqa: F401 (registers the environment)
 from envs.pruning import LIMIT, PruningEnv
 from envs.rewards import TERMS, Objective
 from onp.clues import Clues, find_clues
-from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.config import EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
 from onp.data import DefenceData, Normalisation
 from onp.graph import EFFECTS
 from onp.masks import KeepMask, apply_mask
@@ -80,7 +80,10 @@ def make_env(data: DefenceData, clues: Clues, **settings: Any) -> PruningEnv:
 
 def quick_config() -> EnvConfig:
     return EnvConfig(
-        max_steps=4, unlearn=UnlearnConfig(max_epochs=2), recovery=TriggerRecoveryConfig(steps=6, batch_size=4)
+        max_steps=4,
+        unlearn=UnlearnConfig(max_epochs=2),
+        recovery=TriggerRecoveryConfig(steps=6, batch_size=4),
+        warp=WarpRecoveryConfig(steps=2),
     )
 
 

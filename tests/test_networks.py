@@ -18,7 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from envs.pruning import PruningEnv
 from onp.bench.networks import randomise
-from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig
+from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask, masked
@@ -116,7 +116,12 @@ def test_the_environment_prunes_them(name: str) -> None:
     model, generator = build(), torch.Generator().manual_seed(0)
     randomise(model, generator)
     data = DefenceData(torch.rand(20, 3, size, size, generator=generator), torch.arange(20) % 10, 10)
-    short = EnvConfig(max_steps=3, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
+    short = EnvConfig(
+        max_steps=3,
+        unlearn=UnlearnConfig(max_epochs=1),
+        recovery=TriggerRecoveryConfig(steps=2),
+        warp=WarpRecoveryConfig(steps=2),
+    )
     env = PruningEnv(model, data, short)
     observation, _ = env.reset()
     assert observation["kept"].all() and bool(env.graph.x.isfinite().all())
