@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from torch import nn
 
-from baselines_rnp.calibration import Calibration, limits, mask_outlier, outlier, runner_up
+from baselines_rnp.calibration import Calibration
 from onp.checks import check_network
 from onp.clues import Clues, find_clues
 from onp.config import DetectionConfig
@@ -23,55 +22,27 @@ from onp.data import DefenceData
 from onp.errors import ModelError
 from onp.layout import fastest_layout
 from onp.logits import logits_of
-from onp.trigger_recovery import RecoveredTrigger
 from onp.untargeted_recovery import UntargetedTrigger
-from onp.warp_recovery import RecoveredWarp
 
 LEAST_CONFIDENCE = 0.5
 """confidence from which the verdict is that there is evidence"""
 LEAST_SKILL = 0.2
 """accuracy from which a network can be judged: 0 is that of always giving the most frequent class, 1 is 100 %"""
-Family = Literal["mask", "warp", "all-to-all"]
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evidence(Clues):
     """What clean images tell about a backdoor."""
 
-    unlearned: nn.Module
-    """the unlearned copy"""
     collapse: tuple[float, ...]
     """per class, the fraction of clean images that the unlearned copy sends to it"""
-    mask: RecoveredTrigger
-    warp: RecoveredWarp
-    untargeted: UntargetedTrigger
     clean_accuracy: float
     """fraction of the clean images that the network classifies as labelled"""
-    masks_alone: bool = False
-    """whether masks were conclusive, and neither warps nor triggers without a target were looked for"""
 
     @property
-    def outliers(self) -> dict[Family, float]:
-        """By family, how far its smallest trigger stands out (`outlier`): the untargeted mask from those of classes."""
-        return {
-            "mask": mask_outlier(self.mask),
-            "warp": outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits),
-            "all-to-all": outlier(self.untargeted.size, min(self.mask.sizes), *limits(self.mask)),
-        }
-
-    @property
-    def strengths(self) -> dict[Family, float]:
-        """By family, the outlier; that of warps as far as the unlearned copy agrees with it.
-
-        Clean networks too have a class that a far smaller warp leads to, but no unlearned copy that still goes there.
-        The untargeted mask counts as far as it sends every class to one of its own.
-        """
-        outliers = self.outliers
-        return {
-            "mask": outliers["mask"],
-            "warp": outliers["warp"] * self.warp.agreement,
-            "all-to-all": outliers["all-to-all"] * self.untargeted.spread,
-        }
+    def masks_alone(self) -> bool:
+        """Whether masks were conclusive, and neither warps nor triggers without a target were looked for."""
+        return self.warp is None and self.untargeted is None
 
     @property
     def strength(self) -> float:
@@ -79,21 +50,8 @@ class Evidence:
         return max(self.strengths.values())
 
     @property
-    def family(self) -> Family:
-        """The family that speaks loudest."""
-        strengths = self.strengths
-        return max(strengths, key=lambda family: strengths[family])
-
-    @property
-    def trigger(self) -> RecoveredTrigger | RecoveredWarp | UntargetedTrigger:
-        """Its smallest recovered trigger."""
-        if self.family == "all-to-all":
-            return self.untargeted
-        return self.warp if self.family == "warp" else self.mask
-
-    @property
     def suspect(self) -> int | None:
-        """The class that it leads to; None where there is no single one."""
+        """The class that `trigger` leads to; None where there is no single one."""
         trigger = self.trigger
         return None if isinstance(trigger, UntargetedTrigger) else trigger.target
 
@@ -130,12 +88,11 @@ def weigh(model: nn.Module, data: DefenceData, clues: Clues) -> Evidence:
     """The evidence in what was found about `model`."""
     return Evidence(
         clues.unlearned,
-        collapse(clues.unlearned, data),
         clues.mask,
-        clues.warp or RecoveredWarp.none(data),
-        clues.untargeted or UntargetedTrigger.none(data),
-        clean_accuracy(model, data),
-        masks_alone=clues.warp is None,
+        clues.untargeted,
+        clues.warp,
+        collapse=collapse(clues.unlearned, data),
+        clean_accuracy=clean_accuracy(model, data),
     )
 
 

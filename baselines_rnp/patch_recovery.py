@@ -31,6 +31,7 @@ def recover_patches(
     """
     target = evidence.suspect
     if target is None:
+        assert evidence.untargeted is not None
         return {"network": evidence.untargeted}
     known = evidence.mask.patch if target == evidence.mask.target else recover_patch(model, data, target, config, seed)
     images = _not_yet(evidence.unlearned, data, target)

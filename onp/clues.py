@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Literal
 
 from torch import nn
 
-from baselines_rnp.calibration import conclusive
+from baselines_rnp.calibration import conclusive, limits, mask_outlier, outlier, runner_up
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import plain_weights
 from onp.config import DetectionConfig
@@ -21,6 +21,7 @@ from onp.warp_recovery import RecoveredWarp, recover_warp
 
 Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp
 """a trigger recovered from clean images"""
+Family = Literal["mask", "warp", "all-to-all"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +37,52 @@ class Clues:
     warp: RecoveredWarp | None = None
     """the smallest warp that leads to a class"""
 
-    @cached_property
-    def trusted(self) -> tuple[Recovered, float]:
-        """The trigger that can be trusted most, which the reward goes by, and the trust in it, in [0, 1]."""
-        trusts: list[tuple[Recovered, float]] = [(self.mask, self.mask.trust)]
-        if self.untargeted is not None:
-            trusts.append((self.untargeted, self.untargeted.trust(self.mask.sizes)))
+    @property
+    def triggers(self) -> dict[Family, Recovered]:
+        """By family, the smallest trigger; those alone that were looked for."""
+        found: dict[Family, Recovered | None] = {"mask": self.mask, "warp": self.warp, "all-to-all": self.untargeted}
+        return {family: trigger for family, trigger in found.items() if trigger is not None}
+
+    @property
+    def outliers(self) -> dict[Family, float]:
+        """By family, how far its smallest trigger stands out (`outlier`): the untargeted mask from those of classes."""
+        outliers: dict[Family, float] = {"mask": mask_outlier(self.mask)}
         if self.warp is not None:
-            trusts.append((self.warp, self.warp.trust))
-        return max(trusts, key=lambda pair: pair[1])
+            outliers["warp"] = outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits)
+        if self.untargeted is not None:
+            outliers["all-to-all"] = outlier(self.untargeted.size, min(self.mask.sizes), *limits(self.mask))
+        return outliers
+
+    @property
+    def strengths(self) -> dict[Family, float]:
+        """By family, the outlier; that of warps as far as the unlearned copy follows, too.
+
+        Clean networks too have a class that a far smaller warp leads to, but the copy seldom goes there. The untargeted
+        mask counts as far as it sends every class to one of its own.
+        """
+        strengths = self.outliers
+        if self.warp is not None:
+            strengths["warp"] *= self.warp.agreement
+        if self.untargeted is not None:
+            strengths["all-to-all"] *= self.untargeted.spread
+        return strengths
+
+    @property
+    def family(self) -> Family:
+        """The family that speaks loudest: verdict and reward go by its trigger."""
+        strengths = self.strengths
+        return max(strengths, key=lambda family: strengths[family])
+
+    @property
+    def trigger(self) -> Recovered:
+        """The smallest trigger of that family."""
+        return self.triggers[self.family]
+
+    @property
+    def trust(self) -> float:
+        """How far the reward trusts it, in [0, 1]."""
+        trigger = self.trigger
+        return trigger.trust(self.mask.sizes) if isinstance(trigger, UntargetedTrigger) else trigger.trust
 
 
 def find_clues(

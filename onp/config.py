@@ -106,7 +106,7 @@ class RewardConfig:
     """weight of minus the log success of the recovered trigger, times the trust in it"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DetectionConfig:
     """Looking for a backdoor: what is made from clean images to tell."""
 
@@ -120,7 +120,7 @@ class DetectionConfig:
     """how a warp is recovered for every class"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EnvConfig(DetectionConfig):
     """The pruning environment; what its reward goes by is looked for as a backdoor is."""
 
@@ -145,7 +145,7 @@ class EnvConfig(DetectionConfig):
     """activations kept between masks, GiB at the most"""
     reward: RewardConfig = field(default_factory=RewardConfig)
     recovery: TriggerRecoveryConfig = field(default_factory=TriggerRecoveryConfig)
-    """how masks with patterns are recovered"""
+    """how masks with patterns, and a faint pattern, are recovered"""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Recover the faint pattern that a network may hide, from clean images.
 
-A trigger that is spread thinly over the whole image (a blended picture, an invisible perturbation) has no small mask;
-the mask that Neural Cleanse finds in its place works like a part of it. So the weakest pattern that, added to clean
-images, sends them to a class is optimised: for a backdoor's target class it is far weaker than for any other.
+A trigger may be spread thinly over the whole image (a blended picture, an invisible perturbation). The mask that Neural
+Cleanse finds in its place works like a part of it, and tells nothing of the rest. So the weakest pattern that, added to
+clean images, sends them to the suspect class is optimised, and another for a class to compare with.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ class FaintPattern:
 def recover_faint(
     model: nn.Module, data: DefenceData, target: int, rival: int, config: TriggerRecoveryConfig, seed: int
 ) -> FaintPattern | None:
-    """The weakest pattern that leads to class `target`; None where class `rival` needs less than twice as much."""
+    """The weakest pattern that leads to class `target`; None where class `rival` needs less than twice its norm.
+
+    Nor is a pattern faint that changes pixels by more than a twentieth of their range, in the root mean square.
+    """
     with frozen(model):
         pattern, size = _shrink(model, data, target, config, seed)
         _, most = _shrink(model, data, rival, config, seed)
-    return FaintPattern(pattern) if 2 * size <= most and size < float("inf") else None
+    return FaintPattern(pattern) if 2 * size <= min(most, 0.1 * pattern.numel() ** 0.5) else None
 
 
 def _shrink(
@@ -45,7 +48,8 @@ def _shrink(
 ) -> tuple[Tensor, float]:
     """The weakest pattern that leads to class `goal`, and its norm: infinite where none does.
 
-    The weight of the norm adapts to the pattern's success, as that of a mask's size does.
+    The weight of the norm adapts to the pattern's success, as that of a mask's size does. Pixels, unlike the logits of
+    masks, are what Adam steps on: so its steps are smaller.
     """
     generator = torch.Generator().manual_seed(seed)
     images, batch = data.images, min(config.batch_size, len(data))

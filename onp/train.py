@@ -153,7 +153,7 @@ def _defend(folder: RunFolder, inputs: Inputs, purification: Purification, conso
             clue = progress.add_task("finding clues", total=CLUES)
             purification.on_clue = lambda stage: progress.update(clue, description=stage, advance=1)
             evidence, _ = purification.timed_evidence
-            clues = {**make_verdict(inputs, evidence), "trust": purification.timed_clues[0].trusted[1]}
+            clues = {**make_verdict(inputs, evidence), "trust": purification.timed_clues[0].trust}
             write_json(folder.file("clues.json"), clues)
             progress.update(clue, description="finding clues", completed=CLUES)
             console.print(headline(clues), soft_wrap=True, highlight=False)

@@ -100,7 +100,7 @@ class RecoveredTrigger:
 
 
 def lead(size: float, rival: float) -> float:
-    """How far a mask stands out from a rival's size: 0 where that is as small, 1 from twice the size on."""
+    """How far a trigger stands out from a rival's size: 0 where that is as small, 1 from twice the size on."""
     return min(max(rival / size - 1, 0.0), 1.0) if size > 0 else 0.0
 
 
@@ -115,8 +115,8 @@ def recover_trigger(
 
     A backdoor may answer to several parts of its trigger, and the smallest mask holds only one. So the suspect class is
     optimised again on pixels not used yet, as long as its mask stays below the runner-up's. And a trigger may be spread
-    thinly over the whole image: where half the faint pattern that leads to the runner-up leads to the suspect class,
-    that is a variant too. Neither is looked for where `config.variants` is 1.
+    thinly over the whole image: where a pattern leads to the suspect class that is at most half as strong as the
+    runner-up's, it is a variant too. Neither is looked for where `config.variants` is 1.
     """
     with frozen(model):
         search = MaskSearch(model, data, config, seed, data.num_classes, towards)
@@ -132,7 +132,8 @@ def recover_trigger(
                 break
             masks.append(search.masks[target].clone())
             patterns.append(search.patterns[target].clone())
-    faint = recover_faint(model, data, target, rival, config, seed) if config.variants > 1 else None
+    worked = config.variants > 1 and sizes[target] < float("inf")
+    faint = recover_faint(model, data, target, rival, config, seed) if worked else None
     return RecoveredTrigger(target, torch.stack(masks), torch.stack(patterns), sizes, faint)
 
 

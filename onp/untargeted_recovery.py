@@ -68,12 +68,6 @@ class UntargetedTrigger(Patch):
         return {"mask": self.mask.cpu(), "pattern": self.pattern.cpu(), "size": size, "moves": self.moves.cpu()}
 
     @classmethod
-    def none(cls, data: DefenceData) -> UntargetedTrigger:
-        """No trigger, as where none works or none was looked for."""
-        pattern, classes = torch.zeros_like(data.images[0]), data.num_classes
-        return cls(pattern[:1], pattern, float("inf"), torch.zeros(classes, classes, dtype=torch.long))
-
-    @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> UntargetedTrigger:
         """The inverse of `tensors`."""
         mask, pattern = tensors["mask"].to(device), tensors["pattern"].to(device)

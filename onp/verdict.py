@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from baselines_rnp.label_detection import Evidence
@@ -22,24 +23,25 @@ def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
     """What the evidence says: verdict, target (None: none, or no single one), confidence, scores per class."""
     named = getattr(inputs.dataset("train"), "classes", None) or []
     names = [*named, *range(len(named), inputs.classes)]
-    suspect, alone = evidence.suspect, evidence.masks_alone
+    suspect = evidence.suspect
+    warps = evidence.warp.sizes if evidence.warp is not None else (inf,) * inputs.classes
     return {
         "verdict": "evidence" if evidence.found else "none",
         "target": suspect if evidence.found else None,
         "confidence": evidence.confidence,
         "suspect": suspect,
         "kind": evidence.family,
-        "masks_alone": alone,
-        "outliers": {family: size for family, size in evidence.outliers.items() if family == "mask" or not alone},
-        "agreement": None if alone else evidence.warp.agreement,
-        "untargeted_mask": finite(evidence.untargeted.size),
-        "spread": None if alone else evidence.untargeted.spread,
+        "masks_alone": evidence.masks_alone,
+        "outliers": evidence.outliers,
+        "agreement": evidence.warp.agreement if evidence.warp is not None else None,
+        "untargeted_mask": finite(evidence.untargeted.size) if evidence.untargeted is not None else None,
+        "spread": evidence.untargeted.spread if evidence.untargeted is not None else None,
         "strength": evidence.strength,
         "clean_accuracy": evidence.clean_accuracy,
         "classes": [
             {"class": number, "name": str(name), "mask": finite(mask), "warp": finite(warp), "collapse": collapse}
             for number, (name, mask, warp, collapse) in enumerate(
-                zip(names, evidence.mask.sizes, evidence.warp.sizes, evidence.collapse, strict=True)
+                zip(names, evidence.mask.sizes, warps, evidence.collapse, strict=True)
             )
         ],
     }

@@ -31,7 +31,7 @@ class RecoveredWarp:
     sizes: tuple[float, ...]
     """per class, the mean displacement of its smallest warp, in pixels; infinite where no warp worked"""
     agreement: float = 0.0
-    """fraction of the images of other classes that the unlearned copy, too, sends to `target` under the warp"""
+    """fraction of the images of other classes that the unlearned copy, too, sends to `target` under the doubled warp"""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Warp images of shape (n, channels, height, width) twice as far, as a `Patch` is doubled."""
@@ -54,8 +54,8 @@ class RecoveredWarp:
     def trust(self) -> float:
         """How far the smallest warp stands out from the runner-up's (`lead`), as far as the unlearned copy agrees.
 
-        Clean networks too have a class that a far smaller warp leads to. But in the copy, which has unlearned what
-        images look like, it leads nowhere.
+        Clean networks too have a class that a far smaller warp leads to. But the copy has unlearned what images look
+        like, and seldom goes there, unless it is the very class that it collapses to.
         """
         least, most = self.limits
         first, second = (min(max(size, least), most) for size in sorted(self.sizes)[:2])
@@ -65,12 +65,6 @@ class RecoveredWarp:
         """All of it as tensors on the CPU, for keeping."""
         sizes, agreement = (torch.tensor(value, dtype=torch.float64) for value in (self.sizes, self.agreement))
         return {"flow": self.flow.cpu(), "sizes": sizes, "agreement": agreement}
-
-    @classmethod
-    def none(cls, data: DefenceData) -> RecoveredWarp:
-        """No warp, as where none works or none was looked for."""
-        flow = torch.zeros(2, *data.input_shape[1:], device=data.images.device)
-        return cls(0, flow, (float("inf"),) * data.num_classes)
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredWarp:
@@ -111,8 +105,9 @@ def recover_warp(
     found = RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
     answers = logits_of(unlearned.eval(), data.normalise(found(data.images))).argmax(1)
     others = data.labels != target
-    agreement = float((answers[others] == target).float().mean()) if bool(others.any()) else 0.0
-    return replace(found, agreement=agreement)
+    if min(found.sizes) == float("inf") or not bool(others.any()):
+        return found
+    return replace(found, agreement=float((answers[others] == target).float().mean()))
 
 
 class _Search:

@@ -39,6 +39,31 @@ def test_a_warp_samples_where_its_flow_points() -> None:
     assert torch.allclose(moved[1, :, 7, 7], images[1, :, 7, 7], atol=1e-5), "beyond the border is the border"
 
 
+class Answers(nn.Module):
+    """The same logits whatever the images."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[: len(x)]
+
+
+def test_no_warp_that_works_agrees_with_nothing() -> None:
+    data = DefenceData(torch.rand(4, 1, 8, 8), torch.ones(4, dtype=torch.long), 2)
+    always = Answers(torch.tensor([[9.0, 0.0]]).expand(4, 2))
+    none = recover_warp(Stubborn(), always, data, WarpRecoveryConfig(steps=2), seed=0)
+    assert none.sizes == (math.inf, math.inf) and (none.agreement, none.trust) == (0, 0)
+
+
+class Stubborn(nn.Module):
+    """A third class, whatever the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.flatten(1)[:, :2] * 1e-3, torch.full((len(x), 1), 9.0)], 1)
+
+
 def test_the_class_behind_the_smallest_warp_is_found() -> None:
     """Bars stand in column 8; class 1 is a bar two to five columns further, class 0 one six or more columns further."""
     weight = torch.zeros(3, 1, 32, 32)
@@ -48,7 +73,7 @@ def test_the_class_behind_the_smallest_warp_is_found() -> None:
     images[:, :, :, 8] = 1
     network = linear(weight.flatten(1))
     assert network(images).argmax(1).tolist() == [2] * 16, "that of the bars as they are, which is not searched"
-    data = DefenceData(images, torch.zeros(16, dtype=torch.long), 2)
+    data = DefenceData(images, (torch.arange(16) < 4).long(), 2)  # 4 images are of class 1 already
     recovered = recover_warp(network, network, data, WarpRecoveryConfig(), seed=0)
     assert recovered.target == 1 and recovered.sizes[1] < recovered.sizes[0]
     for strength in (1, 2):
@@ -56,7 +81,18 @@ def test_the_class_behind_the_smallest_warp_is_found() -> None:
         success = network(warped).argmax(1) == 1
         assert success.float().mean() >= 0.6, "it works on 80 % of a batch"
     assert torch.equal(recovered(images), warped), "shown twice as far, as a mask is shown twice as dense"
-    assert recovered.agreement == pytest.approx(float(success.float().mean())), "this copy says what the network says"
+    assert recovered.agreement == pytest.approx(float(success[4:].float().mean())), (
+        "this copy says what the network says"
+    )
+    again = RecoveredWarp.of_tensors(recovered.tensors(), torch.device("cpu"))
+    assert (again.target, again.sizes, again.agreement) == (1, recovered.sizes, recovered.agreement)
+    partial = RecoveredWarp.of_tensors(replace(recovered, agreement=0.7).tensors(), torch.device("cpu"))
+    assert partial.agreement == 0.7
+    some = (torch.arange(16) % 2).float().view(16, 1) * torch.tensor([[0.0, 9.0, 0.0]])
+    odd = recover_warp(network, Answers(some), data, WarpRecoveryConfig(), seed=0)
+    assert odd.agreement == 0.5, "of the 12 images of class 0 the copy sends 6 to class 1, of all 16 it sends 8"
+    of_the_target = replace(data, labels=torch.ones(16, dtype=torch.long))
+    assert recover_warp(network, network, of_the_target, WarpRecoveryConfig(), seed=0).agreement == 0
     deaf = recover_warp(network, linear(torch.zeros(3, 1024)), data, WarpRecoveryConfig(), seed=0)
     assert deaf.target == 1 and deaf.agreement == 0, "a copy that always says class 0"
     assert recovered.sizes[1] == pytest.approx(float(recovered.flow.norm(dim=0).mean()), rel=1e-4)
@@ -79,7 +115,8 @@ def evidence(
 ) -> Evidence:
     mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
     warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps, agreement)
-    return Evidence(nn.Identity(), shares, mask, warp, everyone or untargeted(math.inf, torch.zeros(3, 3)), 1.0)
+    everyone = everyone or untargeted(math.inf, torch.zeros(3, 3))
+    return Evidence(nn.Identity(), mask, everyone, warp, collapse=shares, clean_accuracy=1.0)
 
 
 def test_an_outlier_is_the_log_of_the_rival_over_the_size() -> None:
@@ -122,7 +159,7 @@ def test_what_was_not_looked_for_says_nothing() -> None:
     network, images = linear(torch.eye(3, 64)), DefenceData(torch.rand(6, 1, 8, 8), torch.arange(6) % 3, 3)
     found = weigh(network, images, Clues(network, mask := masks(40.0, 4.0, 30.0)))
     assert found.masks_alone and found.mask is mask and (found.family, found.suspect) == ("mask", 1)
-    assert found.strengths == {"mask": pytest.approx(math.log(30 / 4)), "warp": 0, "all-to-all": 0}
+    assert found.strengths == {"mask": pytest.approx(math.log(30 / 4))} and found.triggers == {"mask": mask}
 
 
 def test_nothing_else_is_looked_for_where_masks_are_conclusive(monkeypatch: pytest.MonkeyPatch) -> None:

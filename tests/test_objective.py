@@ -65,7 +65,7 @@ def test_effects_are_the_weighted_slopes_of_the_terms(
 ) -> None:
     mask = some_pruned(index) if pruned else KeepMask.all_kept(index)
     effects = Objective(network, clues, index, data, WEIGHTS).effects(mask)
-    triggered = data.normalise(clues.trusted[0](data.images[data.labels != 1])).double()
+    triggered = data.normalise(clues.trigger(data.images[data.labels != 1])).double()
     cut, cut_unlearned = copy.deepcopy(network), copy.deepcopy(clues.unlearned)
     apply_mask(cut, mask)
     apply_mask(cut_unlearned, mask)
@@ -295,30 +295,33 @@ def test_the_trigger_that_can_be_trusted_more_leads_each_class_to_its_own(
     assert staying.goals(torch.tensor([0, 1])).tolist() == [0, 0], "nothing leads class 0 anywhere"
     assert everyone.moves.diagonal().tolist() == [3, 3, 3], "counted as they are"
     less, more = replace(clues, untargeted=replace(everyone, size=3.0)), replace(clues, untargeted=everyone)
-    assert clues.trusted == less.trusted == (clues.mask, 0.5), "6 pixels against 4; 4 against 3"
-    assert more.trusted == (everyone, pytest.approx(0.6)), "4 pixels against 2.5"
+    for one in (clues, less):
+        assert (one.trigger, one.trust) == (clues.mask, 0.5), "6 pixels against 4; 4 against 3"
+    assert (more.trigger, more.trust) == (everyone, pytest.approx(0.6)), "4 pixels against 2.5"
     score = Objective(network, more, index, data, RewardConfig()).score(KeepMask.all_kept(index))
     with torch.no_grad():  # the trigger covers nothing
         success = network(data.inputs).softmax(1).double()[torch.arange(len(data)), (data.labels + 1) % 3].mean()
     assert score.terms["trigger_resistance"] == pytest.approx(0.6 * math.log(1 / success - 1), abs=1e-4)
 
 
-def test_the_reward_goes_by_the_trigger_that_can_be_trusted_most() -> None:
-    mask = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (8.0, 10.0, 30.0))  # trust 0.25
+def test_the_reward_goes_by_the_trigger_that_the_verdict_goes_by() -> None:
+    mask = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (8.0, 10.0, 30.0))
     moves = 5 * torch.eye(3, dtype=torch.long).roll(1, 1)
     flow = torch.zeros(2, 8, 8)
-    assert Clues(nn.Identity(), mask).trusted == (mask, 0.25)
+    alone = Clues(nn.Identity(), mask)
+    assert (alone.family, alone.trigger, alone.trust) == ("mask", mask, 0.25)
     for size, agreement, warps, leading, trust in (
         (8.0, 1.0, (0.9, 0.9, 0.9), "mask", 0.25),
-        (5.0, 1.0, (0.9, 0.9, 0.9), "untargeted", 0.6),
+        (5.0, 1.0, (0.9, 0.9, 0.9), "all-to-all", 0.6),
         (5.0, 0.9, (0.9, 0.2, 0.9), "warp", 0.9),
-        (5.0, 0.1, (0.9, 0.2, 0.9), "untargeted", 0.6),
+        (5.0, 0.1, (0.9, 0.2, 0.9), "all-to-all", 0.6),
+        (2.0, 1.0, (0.9, 0.1, 0.9), "warp", 1.0),  # both would be trusted fully; 9 times is more than 4 times
         (8.0, 0.8, (5.0, 0.8, 5.0), "mask", 0.25),  # beyond an eighth of 8 pixels every warp counts as 1
         (8.0, 0.8, (math.inf, 0.5, math.inf), "warp", 0.8),
     ):
         everyone = UntargetedTrigger(mask.masks[0], mask.patterns[0], size, moves)
         warp = RecoveredWarp(1, flow, warps, agreement)
         clues = Clues(nn.Identity(), mask, everyone, warp)
-        trigger, trusted = clues.trusted
-        assert trigger is getattr(clues, leading) and trusted == pytest.approx(trust)
-        assert trigger is not warp or trigger.goals(torch.tensor([0, 1, 2])).tolist() == [1, 1, 1]
+        assert clues.family == leading and clues.trust == pytest.approx(trust)
+        assert clues.trigger is {"mask": mask, "all-to-all": everyone, "warp": warp}[leading]
+        assert leading != "warp" or clues.trigger.goals(torch.tensor([0, 1, 2])).tolist() == [1, 1, 1]

@@ -197,8 +197,8 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
     mask = RecoveredTrigger(masks.index(min(masks)), torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), masks)
     warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps, agreement=1.0)
     everyone = UntargetedTrigger(mask.masks[0], mask.patterns[0], untargeted, torch.eye(3).roll(1, 1))
-    given = Evidence(network(1), (0.1, 0.8, 0.1), mask, warp, everyone, clean_accuracy=0.9)
-    monkeypatch.setattr("onp.purification.find_clues", lambda *_: Clues(given.unlearned, mask, everyone, warp))
+    given = Evidence(network(1), mask, everyone, warp, collapse=(0.1, 0.8, 0.1), clean_accuracy=0.9)
+    monkeypatch.setattr("onp.purification.find_clues", lambda *_: given)
     monkeypatch.setattr("onp.purification.weigh", lambda *_: given)
     monkeypatch.setattr("onp.purification.check_skill", lambda *_: None)
     config = replace(QUICK, always=False)
@@ -221,7 +221,7 @@ def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, t
     with torch.no_grad():
         skilled[-1].bias -= skilled(data.inputs).mean(0)  # every class is somebody's
     known = DefenceData(data.images, skilled(data.inputs).argmax(1), data.num_classes)
-    detection = DetectionConfig(env.unlearn, replace(env.recovery, variants=1), env.warp)
+    detection = DetectionConfig(unlearn=env.unlearn, recovery=replace(env.recovery, variants=1), warp=env.warp)
     announced = list[str]()
     alone = find_evidence(skilled, known, detection, config.seed, announced.append)
     for journal in (None, tmp_path, tmp_path):
@@ -232,7 +232,9 @@ def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, t
         assert seconds > 0 and math.isfinite(min(evidence.mask.sizes))
         for name in ("mask", "warp"):
             assert getattr(evidence, name).sizes == getattr(alone, name).sizes
+        assert evidence.untargeted is not None and alone.untargeted is not None and evidence.warp is not None
         assert evidence.untargeted.size == alone.untargeted.size and evidence.collapse == alone.collapse
+        assert alone.warp is not None and evidence.warp.agreement == alone.warp.agreement
         assert (evidence.confidence, evidence.suspect) == (alone.confidence, alone.suspect)
     size = (tmp_path / "clues").stat().st_size
     Purification(skilled, known, config, journal_dir=tmp_path).timed_evidence  # noqa: B018
@@ -248,7 +250,7 @@ def test_where_masks_are_conclusive_neither_reward_nor_verdict_has_more(
         monkeypatch.setattr(name, None)
     purification = Purification(network(), data, QUICK)
     clues, _ = purification.timed_clues
-    assert clues.untargeted is None and clues.warp is None and clues.trusted == (clues.mask, 1)
+    assert clues.untargeted is None and clues.warp is None and (clues.trigger, clues.trust) == (clues.mask, 1)
     assert purification.timed_evidence[0].masks_alone and purification.timed_evidence[0].suspect == 0
 
 

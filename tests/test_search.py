@@ -73,7 +73,10 @@ def make_env(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PruningEnv]:
         net = nn.Sequential(nn.Flatten(), nn.Linear(16, UNITS), nn.ReLU(), nn.Linear(UNITS, 3)).eval()
         data = DefenceData(torch.rand(12, 1, 4, 4), torch.arange(12) % 3, 3)
         blank = RecoveredTrigger(0, torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), (1.0, 2.0, 2.0))
-        index, config = index_units(net, data.input_shape), EnvConfig(max_steps, prune_groups=pairs > 0, **settings)
+        index, config = (
+            index_units(net, data.input_shape),
+            EnvConfig(max_steps=max_steps, prune_groups=pairs > 0, **settings),
+        )
         groups = torch.tensor([unit - unit % 2 if unit < 2 * pairs else unit for unit in range(UNITS)])
         clues = Clues(copy.deepcopy(net), blank)
         return PruningEnv(net, data, config, clues, index=replace(index, groups=groups))

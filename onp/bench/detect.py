@@ -77,8 +77,8 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
 
 def _read(path: Path, suspect: Suspect, config: DetectBenchConfig) -> dict[str, Any]:
     record: dict[str, Any] = read_json(path)
-    if record.get("subject") != _subject(suspect, config):
-        raise ConfigError(f"{path} is of another network or other options; remove it, or give another --out")
+    if record.get("subject") != _subject(suspect, config) or "agreement" not in record:
+        raise ConfigError(f"{path} is of another network, options or version; remove it, or give another --out")
     return record
 
 
@@ -107,9 +107,10 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "strength": evidence.strength,
         "strengths": evidence.strengths,
         "mask_sizes": [finite(size) for size in evidence.mask.sizes],
-        "warp_sizes": [finite(size) for size in evidence.warp.sizes],
-        "untargeted_size": finite(evidence.untargeted.size),
-        "spread": evidence.untargeted.spread,
+        "warp_sizes": [finite(size) for size in evidence.warp.sizes] if evidence.warp is not None else None,
+        "agreement": evidence.warp.agreement if evidence.warp is not None else None,
+        "untargeted_size": finite(evidence.untargeted.size) if evidence.untargeted is not None else None,
+        "spread": evidence.untargeted.spread if evidence.untargeted is not None else None,
         "collapse": evidence.collapse,
     }
     if suspect.trigger is not None:
