@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from archives import extract
 from torch.utils.data import Subset
 
 from onp.attacks.recipes import SUITES
@@ -34,8 +34,7 @@ def entry(name: str) -> tuple[Path, dict[str, Any]]:
 def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ImageDataset]:
     """Name of the data, and 400 test images, evenly spread."""
     folder, stem = tmp_path_factory.mktemp("images"), FILES[request.param]
-    with tarfile.open(DATA / f"{stem}.tar.gz") as archive:
-        archive.extractall(folder, [member for member in archive if "/test/" in member.name], filter="data")
+    extract(DATA / f"{stem}.tar.gz", folder, "/test/")
     (folder / stem / "test").rename(folder / "train")  # labels follow the classes of train/
     everything = load_dataset(str(folder), "train", 3, None, folder)
     assert everything is not None

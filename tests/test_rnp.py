@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from archives import extract
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_networks import TinyNet
@@ -375,9 +375,7 @@ def test_a_network_without_batch_norm_is_refused() -> None:
 
 @pytest.mark.skipif(not (WILD.is_file() and ARCHIVE.is_file()), reason="needs shared/wild and shared/data")
 def test_rnp_masks_every_batch_norm_channel_of_a_published_backdoored_network(tmp_path: Path) -> None:
-    with tarfile.open(ARCHIVE) as archive:
-        train = [member for member in archive.getmembers() if member.name.startswith("cifar10_lossless/train")]
-        archive.extractall(tmp_path, train, filter="data")
+    extract(ARCHIVE, tmp_path, "/train/")
     dataset = load_dataset(str(tmp_path / "cifar10_lossless"), "train", 3, None, tmp_path)
     assert dataset is not None
     data = draw_defence_data(dataset, 500, 10, Normalisation(), seed=0)

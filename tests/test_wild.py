@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from archives import extract
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -35,8 +35,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED}, with the
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     """300 of the 1,017 test images, evenly spread, so that the classes are about as frequent as in the whole."""
     folder = tmp_path_factory.mktemp("images")
-    with tarfile.open(SHARED / "data" / "cifar10_lossless.tar.gz") as archive:
-        archive.extractall(folder, [member for member in archive if "/test/" in member.name], filter="data")
+    extract(SHARED / "data" / "cifar10_lossless.tar.gz", folder, "/test/")
     # Labels follow the classes of train/; here the test images stand in for it.
     (folder / "cifar10_lossless" / "test").rename(folder / "train")
     everything = load_dataset(str(folder), "train", 3, None, folder)
