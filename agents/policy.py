@@ -1,9 +1,9 @@
 """The policy: a graph attention network over units, as a Stable-Baselines3 actor-critic.
 
 An encoder of graph attention layers (GATv2, Brody et al. 2022) embeds every unit once per update; a light decoder
-reads the embeddings for each observation and points at the unit to prune next (the encode-once, decode-per-step
-scheme of Kool et al. 2019). Every parameter is shared between units, so scores are permutation-equivariant and the same
-weights fit a network of any size.
+reads the embeddings for each observation and points at the unit to prune or restore next (the encode-once,
+decode-per-step scheme of Kool et al. 2019). Every parameter is shared between units, so scores are
+permutation-equivariant and the same weights fit a network of any size.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class GraphEncoder(nn.Module):
 class PointerNetwork(nn.Module):
     """Observation to masked action logits (batch, N + B + 1) and values (batch, 1).
 
-    A unit is read by its embedding, a bulk action by the mean embedding of its layer and the size of its bite. The
-    logits start at a prior, minus a multiple of the log of an action's rank by the estimated effects in the
-    observation, so that an untrained policy samples near the gradient's choice, whatever the network's size.
+    A unit is read by its embedding, a bulk action by the mean embedding of its layer and the size of its bite. What
+    speaks for pruning a unit speaks against restoring it. The logits start at a prior, minus a multiple of the log of
+    an action's rank by the estimated effects in the observation, so that an untrained policy samples near the
+    gradient's choice, whatever the network's size.
     """
 
     x: Tensor
@@ -117,11 +118,12 @@ class PointerNetwork(nn.Module):
         layers = scatter(embedding, self.layer, reduce="mean")
         bulks = self.bulk(torch.cat([layers[self.bulk_layer], self.bites], 1))
         choices = torch.cat([embedding, bulks])
-        match = self.query(context) @ choices.T / math.sqrt(choices.shape[1])
+        pruning = self.query(context) @ choices.T / math.sqrt(choices.shape[1]) + self.bias(choices).T
+        signs = nn.functional.pad(2 * observation["kept"] - 1, (0, len(bulks)), value=1.0)
         effects = observation["effects"].masked_fill(observation["action_mask"][:, :-1] < 0.5, -torch.inf)
         # Ties share a rank: the prior must not depend on how units are numbered.
         rank = effects.shape[1] - torch.searchsorted(effects.sort(dim=1).values, effects, right=True)
-        acting = match + self.bias(choices).T - self.prior_weight * torch.log1p(rank)
+        acting = signs * pruning - self.prior_weight * torch.log1p(rank)
         return torch.cat([acting, self.stop(context)], 1).masked_fill(observation["action_mask"] < 0.5, -1e8)
 
 

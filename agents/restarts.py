@@ -7,6 +7,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+DERIVED = {"progress", "action_mask"}
+"""parts of an observation that depend on the way to a place, and not on the place alone"""
+
 
 class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """Begin a fraction of the episodes along one of the best action sequences (Ecoffet et al. 2021).
@@ -24,10 +27,10 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         super().__init__(env)
         self.fraction, self.elites, self.patience = fraction, elites, patience
         self.generator = np.random.default_rng(seed)
-        self.best: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
-        """return and actions of the best sequences, one for each set of actions"""
+        self.best: dict[bytes, tuple[float, tuple[int, ...]]] = {}
+        """return and actions of the best sequences, the shortest to each set of kept units"""
         self.spent: dict[bytes, set[int]] = {}
-        """by all of an observation but the progress, the actions that are not to be taken there again"""
+        """by what an observation shows of a place, the actions that are not to be taken there again"""
         self._place = b""
         self._actions: tuple[int, ...] = ()
         self._return = self._highest = 0.0
@@ -62,19 +65,19 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         if self._return > self._highest:
             self._highest, self._idle = self._return, 0
             if not (terminated or truncated):
-                self._remember()
+                self._remember(observation["kept"].tobytes())
         info = {**info, "return": self._return}
         return observation, reward, terminated, truncated or self._idle >= self.patience, info
 
     def _without_spent(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self._place = b"".join(value.tobytes() for name, value in observation.items() if name != "progress")
+        self._place = b"".join(value.tobytes() for name, value in observation.items() if name not in DERIVED)
         left = observation["action_mask"].copy()
         left[list(self.spent.get(self._place, ()))] = 0
         return {**observation, "action_mask": left} if left.any() else observation
 
-    def _remember(self) -> None:
-        key = frozenset(self._actions)
-        if self._return > 0 and (key not in self.best or self._return > self.best[key][0]):
-            self.best[key] = (self._return, self._actions)
+    def _remember(self, kept: bytes) -> None:
+        shorter = kept not in self.best or len(self._actions) < len(self.best[kept][1])
+        if self._return > 0 and shorter:
+            self.best[kept] = (self._return, self._actions)
             if len(self.best) > self.elites:
                 del self.best[min(self.best, key=lambda other: self.best[other][0])]

@@ -29,9 +29,10 @@ def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress
     for unit in ranked_units(env):
         if env.reward_evaluations >= budget:
             break
-        mask = env.after(mask, unit, env.effects["score"])
-        env.objective.score(mask)
-        progress(env.reward_evaluations, budget)
+        if mask.keep[unit]:  # not gone with its group
+            mask = env.after(mask, unit, env.effects["score"])
+            env.objective.score(mask)
+            progress(env.reward_evaluations, budget)
 
 
 def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:
@@ -44,6 +45,7 @@ def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
     while env.reward_evaluations < budget and bool(mask.keep.any()):
         effects = env.objective.effects(mask)["score"]
         totals, valid = env.actions.totals(mask, effects), env.actions.valid(mask)[:-1]
+        valid[: len(mask.keep)] &= mask.keep
         order = totals.masked_fill(~valid, -torch.inf).argsort(descending=True, stable=True)[: int(valid.sum())]
         trials = [env.after(mask, action, effects) for action in order[:width].tolist()]
         for trial in trials[: budget - env.reward_evaluations]:

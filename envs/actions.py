@@ -1,4 +1,4 @@
-"""The numbered actions of the pruning environment: single units, the best units of a layer, stop."""
+"""The numbered actions of the pruning environment: single units, pruned or restored, the best of a layer, stop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Bulk:
 
 
 class ActionSet:
-    """What can be done to a network of N units: action i < N prunes unit i; then come the bulk actions; the last stops.
+    """What can be done to a network of N units: action i < N prunes unit i, or restores it where it is pruned; then
+    come the bulk actions, which prune; the last stops.
 
     Every layer gets a bulk action for each of `fractions` of its size that makes two units or more. With `groups`, all
-    units that a residual addition ties to a pruned one go with it.
+    units that a residual addition ties to a pruned or restored one go with it.
     """
 
     def __init__(self, index: UnitIndex, fractions: tuple[float, ...], groups: bool) -> None:
@@ -44,12 +45,12 @@ class ActionSet:
         return len(self) - 1
 
     def valid(self, mask: KeepMask) -> Tensor:
-        """Which actions can be taken at `mask`, (N + B + 1,) bool: the units are kept, and stopping always is."""
+        """Which actions can be taken, (N + B + 1,) bool: all but bulks of more units than `mask` keeps of the layer."""
         bulks = [int(mask.keep[self._layer(bulk)].sum()) >= bulk.count for bulk in self.bulks]
-        return torch.cat([mask.keep, torch.tensor([*bulks, True])])
+        return torch.cat([torch.ones_like(mask.keep), torch.tensor([*bulks, True])])
 
     def totals(self, mask: KeepMask, effects: Tensor) -> Tensor:
-        """The effects (N,) of single units, then of each bulk action, to first order their sum: (N + B,)."""
+        """The effects (N,) of single units, then of each bulk action, to first order its units' sum: (N + B,)."""
         totals = effects.new_zeros(len(self.bulks))
         for number, bulk in enumerate(self.bulks):
             units = self._layer(bulk)
@@ -57,8 +58,14 @@ class ActionSet:
             totals[number] = kept.topk(min(bulk.count, len(kept))).values.sum()
         return torch.cat([effects, totals])
 
+    def after(self, action: int, mask: KeepMask, effects: Tensor) -> KeepMask:
+        """The mask that a valid `action` leads to from `mask`; a bulk chooses its units by their `effects`, (N,)."""
+        units = self.units(action, mask, effects)
+        restores = action < len(self.index) and not mask.keep[action]
+        return mask.restoring(units) if restores else mask.without(units)
+
     def units(self, action: int, mask: KeepMask, effects: Tensor) -> list[int]:
-        """The units that `action` prunes at `mask`, those with the best `effects` (N,) first; none for stop."""
+        """The units that `action` prunes or restores, those with the best `effects` (N,) first; none for stop."""
         if action == self.stop:
             return []
         chosen = [action]
@@ -70,6 +77,12 @@ class ActionSet:
         if not self.groups:
             return chosen
         return list(dict.fromkeys(unit for one in chosen for unit in self.index.group_of(one).tolist()))
+
+    def undoing(self, action: int) -> list[int]:
+        """Actions that lead back from where `action` leads to; none where that was a bulk or stop."""
+        if action >= len(self.index):
+            return []
+        return self.index.group_of(action).tolist() if self.groups else [action]
 
     def _layer(self, bulk: Bulk) -> slice:
         layer = self.index.layers[bulk.layer]

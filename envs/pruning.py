@@ -30,16 +30,17 @@ LIMIT = 1e6  # of observations, in potential; no sane network comes near
 
 
 class PruningEnv(gym.Env[Observation, np.int64]):
-    """Prune a network that may carry a backdoor: a unit a step, or the best units of a layer at once.
+    """Prune a network that may carry a backdoor: a unit a step, or the best units of a layer at once; and undo it.
 
     The environment is built from a network and clean labelled images alone; it has no place for a trigger.
 
     ## Action space
-    `Discrete(N + B + 1)`, see `envs.actions.ActionSet`: action i < N prunes unit i of the index; each of the B bulk
-    actions prunes the units of one layer that are estimated best (`env.unwrapped.actions.bulks` has layers and
-    counts); the last action stops. With `prune_groups` every unit tied to a pruned one goes with it. An invalid action
-    (a unit that is pruned already, a bulk of more units than the layer still has, a number out of range) is a no-op
-    with reward 0 that costs a step and is counted in `info["invalid_actions"]`; it never raises.
+    `Discrete(N + B + 1)`, see `envs.actions.ActionSet`: action i < N prunes unit i of the index, or restores it where
+    it is pruned; each of the B bulk actions prunes the units of one layer that are estimated best
+    (`env.unwrapped.actions.bulks` has layers and counts); the last action stops. With `prune_groups` every unit tied to
+    a pruned or restored one goes with it. An invalid action (one that would undo the last, a bulk of more units than
+    the layer still has, a number out of range) is a no-op with reward 0 that costs a step and is counted in
+    `info["invalid_actions"]`; it never raises.
 
     ## Observation space
     `Dict`, only what changes; what does not change (node features, edges) is `env.unwrapped.graph`, a PyG `Data`.
@@ -153,14 +154,16 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.mask = self.best = mask
         self.initial_score = self.score = self.objective.score(mask)
         self.steps = self.invalid_actions = 0
+        self._undoing: list[int] = []  # actions that would undo the last one
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Prune or stop; see the class docstring."""
+        """Prune, restore or stop; see the class docstring."""
         action = int(action)
         before = self.score.potential
         self.steps += 1
         stopped = action == self.actions.stop
-        if not stopped and 0 <= action < len(self.actions) and bool(self.actions.valid(self.mask)[action]):
+        if not stopped and 0 <= action < len(self.actions) and bool(self._valid()[action]):
+            self._undoing = self.actions.undoing(action)
             self.mask = self.after(self.mask, action, self._effects())
             self.score = self.objective.score(self.mask)
             if self.score.potential > self.objective.score(self.best).potential:
@@ -172,15 +175,21 @@ class PruningEnv(gym.Env[Observation, np.int64]):
 
     def action_masks(self) -> np.ndarray:
         """Which actions are valid, (N + B + 1,) bool: what sb3-contrib's MaskablePPO asks for."""
-        return self.actions.valid(self.mask).numpy()
+        return self._valid().numpy()
+
+    def _valid(self) -> Tensor:
+        valid = self.actions.valid(self.mask)
+        valid[self._undoing] = False
+        return valid
 
     def after(self, mask: KeepMask, action: int, effects: Tensor) -> KeepMask:
-        """`mask` without the units that a valid `action` prunes; a bulk chooses them by their `effects`, (N,)."""
-        return mask.without(self.actions.units(action, mask, effects))
+        """The mask that a valid `action` leads to from `mask`; a bulk chooses its units by their `effects`, (N,)."""
+        return self.actions.after(action, mask, effects)
 
     def _effects(self) -> Tensor:
-        """Those of the best mask so far, (N,); 0 for units that the mask prunes."""
-        return self.objective.effects(self.best)["score"] * self.mask.keep
+        """Those at the best mask so far, (N,), with the sign changed where the current mask has a unit otherwise."""
+        effects = self.objective.effects(self.best)["score"]
+        return torch.where(self.mask.keep == self.best.keep, effects, -effects)
 
     def _observation(self) -> Observation:
         left = 1 - self.steps / self.config.max_steps
@@ -188,7 +197,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         effects = self.actions.totals(self.mask, self._effects())
         return {
             "kept": self.mask.keep.numpy().astype(np.int8),
-            "action_mask": self.actions.valid(self.mask).numpy().astype(np.int8),
+            "action_mask": self._valid().numpy().astype(np.int8),
             "effects": effects.clamp(-LIMIT, LIMIT).numpy(),
             "progress": np.array([left, np.clip(gained, -LIMIT, LIMIT)], dtype=np.float32),
         }

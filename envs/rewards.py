@@ -153,7 +153,8 @@ class Objective:
     def effects(self, mask: KeepMask) -> dict[str, Tensor]:
         """Estimated change of each weighted term when one more unit is pruned, (N,) each; one sensitivity pass.
 
-        `score` is their sum, the estimated change of the potential; 0 for units that `mask` prunes already.
+        Of a unit that `mask` prunes, the change when it is restored. `score` is the sum of the terms', the estimated
+        change of the potential.
         """
         if mask.key not in self._effects:
             self.evaluations += 1
@@ -171,9 +172,14 @@ class Objective:
             changed: Mapping[str, Any] = {PLACES[name]: logits}
             return TERMS[name](replace(outputs, **changed))
 
-        function = _divergence_probe(outputs.pruned) if name == "clean_fidelity" else term
-        effects = self.engines[PLACES[name]].effects(mask, function, self.effect_images)
-        return -effects.square().mean(0) / 2 if name == "clean_fidelity" else effects.sum(0)
+        engine = self.engines[PLACES[name]]
+        effects = engine.effects(mask, term, self.effect_images).sum(0)
+        if name == "clean_fidelity":  # at the original network it has no slope, only curvature
+            probe = _divergence_probe(outputs.pruned)
+            # That pruning gains by the slope is mostly chance, on so few images; that restoring does is not.
+            effects = torch.where(mask.keep, effects.clamp(max=0), effects)
+            effects -= engine.effects(mask, probe, self.effect_images).square().mean(0) / 2
+        return effects
 
     @torch.inference_mode(False)
     def score(self, mask: KeepMask) -> Score:

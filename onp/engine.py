@@ -34,6 +34,10 @@ MASKS = 8
 """masks all of whose activations are kept at the most; more help little, and untouched memory is slow to come by"""
 
 
+AJAR = 1e-12
+"""how far closed gates stand open while the effect of opening them is estimated"""
+
+
 class Wanted(NamedTuple):
     """One node's value under one mask: `pruned` holds no unit that the node does not depend on."""
 
@@ -164,11 +168,12 @@ class Engine:
         self.cache.touch(self._key(self._wanted(node, mask.pruned, mask.rule)) for node in self.network.nodes)
 
     def effects(self, mask: KeepMask, function: Callable[[Tensor], Tensor], images: int | None = None) -> Tensor:
-        """First-order change of `function(logits)` when a unit is pruned besides `mask`, by image: (n, N), on the CPU.
+        """First-order change of `function(logits)` when one unit more is pruned, by image: (n, N), on the CPU.
 
-        The function sees the logits of the first n = `images` images (all by default); its change is the sum over
-        them. Pruning multiplies a unit's output by 0, so the change is minus output times gradient (Molchanov et al.
-        2017).
+        Of a unit that `mask` prunes, the change when it is restored. The function sees the logits of the first n =
+        `images` images (all by default); its change is the sum over them. Pruning multiplies a unit's output by 0, so
+        the change is minus output times gradient (Molchanov et al. 2017), and the output it would have times gradient
+        where it is restored.
         """
         logits = self.logits(mask)[:images].requires_grad_()
         with torch.enable_grad():
@@ -186,7 +191,7 @@ class Engine:
     def _add_effects(
         self, effects: Tensor, known: dict[fx.Node, Tensor], i: int, slope: Tensor, mask: KeepMask
     ) -> None:
-        network, values, gated = self.network, dict[fx.Node, Any](), list[tuple[fx.Node, Tensor]]()
+        network, values, gated = self.network, dict[fx.Node, Any](), list[tuple[fx.Node, Tensor, Tensor]]()
         with torch.enable_grad():
             for node in network.nodes[:-1]:
                 if node in network.absorbed:
@@ -199,23 +204,39 @@ class Engine:
                     value = network.run(node, inputs, mask.pruned, mask.rule) if inputs else self._source(node, i)
                     value = value[: len(slope)] if value is self._chunks[i] else value
                 if node in network.layer_of:
+                    value, toggling = self._toggle(node, inputs, value, mask)
                     # An alias of its own: an open gate hands on its input, which others may read too.
                     value = torch.ops.aten.alias(value) if value.requires_grad else value.detach().requires_grad_()
-                    gated.append((node, value))
+                    gated.append((node, value, toggling))
                 values[node] = value
             total = (values[network.output].float() * slope).sum()
-        gradients = torch.autograd.grad(total, [value for _, value in gated], allow_unused=True)
-        for (node, value), gradient in zip(gated, gradients, strict=True):
+        gradients = torch.autograd.grad(total, [value for _, value, _ in gated], allow_unused=True)
+        for (node, _, toggling), gradient in zip(gated, gradients, strict=True):
             if gradient is not None:
                 layer, images = network.layer_of[node], image_axis(node)
-                change = value.detach() * gradient
+                change = toggling * gradient
                 if images is None:  # the same for all images, which share its change
                     change, images = change.unsqueeze(0).expand(len(slope), *change.shape) / len(slope), 0
                     change = change.movedim(network.axis(node) + 1, -1)
                 else:
                     change = change.movedim((images, network.axis(node)), (0, -1))
                 by_entry = change.reshape(len(slope), -1, layer.size * layer.width).sum(1)
-                effects[:, layer.offset : layer.offset + layer.size] -= by_entry.unflatten(1, (-1, layer.width)).sum(2)
+                effects[:, layer.offset : layer.offset + layer.size] += by_entry.unflatten(1, (-1, layer.width)).sum(2)
+
+    def _toggle(
+        self, node: fx.Node, inputs: dict[fx.Node, Any], value: Tensor, mask: KeepMask
+    ) -> tuple[Tensor, Tensor]:
+        """A gate's `value` with what is closed ajar, and what is added where an open unit closes or a closed one opens.
+
+        Ajar, since behind a closed gate a ReLU has no slope and a maximum no place.
+        """
+        with torch.no_grad():
+            if mask.pruned.isdisjoint(self.network.layer_of[node].units):
+                return value, -value.detach()
+            opened = self.network.run(node, inputs, frozenset(), mask.rule)
+            keep = self.network.along_axis(node, self.network.keep(node, mask.pruned, value), value)
+            opening = (opened - value) * (1 - keep)
+        return value + AJAR * opening, (opening - value * keep).detach()
 
     # --- values -------------------------------------------------------------------------------------------
 

@@ -213,24 +213,36 @@ class GatedNetwork(GatedGraph):
     def _run_gate(
         self, node: fx.Node, value: Tensor, pruned: frozenset[int], rule: Rule, channels: list[int] | None
     ) -> Tensor:
-        layer, norm = self.layer_of[node], self.norms.get(node)
-        closed = [unit - layer.offset for unit in pruned if unit in layer.units]
-        if not closed:
+        norm = self.norms.get(node)
+        if pruned.isdisjoint(self.layer_of[node].units):
             return value if norm is None else _batch_norm(norm, value, norm.weight, norm.bias, channels)
-        keep = value.new_ones(layer.size * layer.width)
-        keep[layer.entries(torch.tensor(closed)).tolist()] = 0
+        keep = self.keep(node, pruned, value)
         if norm is not None:
             return _batch_norm(
                 norm, value, norm.weight * keep, norm.bias * keep if rule == "zero" else norm.bias, channels
             )
-        shape = [1] * value.ndim
-        shape[_axis(layer, value.ndim)] = -1
         beta = self.betas[node] if rule == "gamma" else None
         if channels is not None:
             keep, beta = keep[channels], None if beta is None else beta[channels]
-        if beta is None:
-            return value * keep.view(shape)
-        return torch.addcmul((beta * (1 - keep)).view(shape), value, keep.view(shape))
+        gate = self.along_axis(node, keep, value)
+        return (
+            value * gate
+            if beta is None
+            else torch.addcmul(self.along_axis(node, beta * (1 - keep), value), value, gate)
+        )
+
+    def keep(self, gate: fx.Node, pruned: frozenset[int], value: Tensor) -> Tensor:
+        """1 for each entry on a gate's axis that is open, 0 for those of `pruned` units; of the type of `value`."""
+        layer = self.layer_of[gate]
+        keep = value.new_ones(layer.size * layer.width)
+        keep[layer.entries(torch.tensor([unit - layer.offset for unit in pruned if unit in layer.units])).tolist()] = 0
+        return keep
+
+    def along_axis(self, gate: fx.Node, entries: Tensor, value: Tensor) -> Tensor:
+        """`entries` in a shape to be multiplied with a `value` of the gate."""
+        shape = [1] * value.ndim
+        shape[_axis(self.layer_of[gate], value.ndim)] = -1
+        return entries.view(shape)
 
 
 def _batch_norm(

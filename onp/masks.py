@@ -53,13 +53,23 @@ class KeepMask:
 
     def without(self, units: Iterable[int] | Tensor) -> KeepMask:
         """This mask with `units` pruned too; raises `MaskError` for one that the network does not have."""
-        numbers = [int(unit) for unit in units]
-        if outside := [unit for unit in numbers if not 0 <= unit < len(self.keep)]:
-            raise MaskError(f"units {outside} are none of this network's, which go from 0 to {len(self.keep) - 1}")
-        chosen = [unit for unit in numbers if self.keep[unit]]
+        chosen = [unit for unit in self._numbers(units) if self.keep[unit]]
         keep = self.keep.clone()
         keep[chosen] = False
         return KeepMask(self.index, keep, self.rule, self.order + tuple(chosen))
+
+    def restoring(self, units: Iterable[int] | Tensor) -> KeepMask:
+        """This mask with `units` kept again; raises `MaskError` for one that the network does not have."""
+        numbers = self._numbers(units)
+        keep = self.keep.clone()
+        keep[numbers] = True
+        return KeepMask(self.index, keep, self.rule, tuple(unit for unit in self.order if unit not in set(numbers)))
+
+    def _numbers(self, units: Iterable[int] | Tensor) -> list[int]:
+        numbers = [int(unit) for unit in units]
+        if outside := [unit for unit in numbers if not 0 <= unit < len(self.keep)]:
+            raise MaskError(f"units {outside} are none of this network's, which go from 0 to {len(self.keep) - 1}")
+        return numbers
 
     def path(self) -> list[KeepMask]:
         """The masks on the way to this one, from all kept on, a unit at a time."""

@@ -88,11 +88,11 @@ def test_an_action_is_valid_while_there_are_units_enough(index: UnitIndex, actio
     assert actions.valid(whole(index)).tolist() == [True] * 58
     assert actions.valid(whole(index)).dtype == torch.bool
     mask = whole(index).without([0, 3, 4, 5, 6, 20])  # left: 2 of layer 0, 4 of layer 1, 39 of layer 3
-    assert (~actions.valid(mask)).nonzero().flatten().tolist() == [0, 3, 4, 5, 6, 20]
+    assert actions.valid(mask).tolist() == [True] * 58  # what is pruned can be restored
     mask = mask.without([1, 7])  # left: 1 of layer 0, 3 of layer 1
-    assert (~actions.valid(mask)).nonzero().flatten().tolist() == [0, 1, 3, 4, 5, 6, 7, 20, 52, 54]
+    assert (~actions.valid(mask)).nonzero().flatten().tolist() == [52, 54]
     nothing = whole(index).without(range(UNITS))
-    assert actions.valid(nothing).nonzero().flatten().tolist() == [STOP]
+    assert (~actions.valid(nothing)).nonzero().flatten().tolist() == [52, 53, 54, 55, 56]
 
 
 # --- estimates ------------------------------------------------------------------------------------------
@@ -152,6 +152,15 @@ def test_units_agree_with_the_estimate(index: UnitIndex, actions: ActionSet, eff
         assert float(totals[action]) == pytest.approx(float(effects[chosen].double().sum()), rel=1e-5)
 
 
+def test_a_single_unit_is_pruned_or_restored(index: UnitIndex, actions: ActionSet, effects: Tensor) -> None:
+    mask = actions.after(53, actions.after(5, whole(index), effects), effects)
+    assert mask.order == (5, 6, 3) and mask == whole(index).without([3, 5, 6])
+    back = actions.after(6, mask, effects)
+    assert back == whole(index).without([3, 5]) and back.order == (5, 3)
+    assert actions.after(6, back, effects) == mask and actions.after(STOP, mask, effects) == mask
+    assert [actions.undoing(action) for action in (6, 51, 52, STOP)] == [[6], [51], [], []]
+
+
 # --- groups ---------------------------------------------------------------------------------------------
 
 
@@ -176,6 +185,10 @@ def test_groups_go_together(index: UnitIndex, effects: Tensor) -> None:
         assert apart.units(action, whole(index), effects) == alone
         assert together.units(action, whole(index), effects) == all_of_them
     assert together.units(STOP, whole(index), effects) == []
+    pruned = together.after(6, whole(index).without([0, 20]), effects)
+    assert pruned == whole(index).without([0, 6, 20])
+    assert together.after(0, pruned, effects) == whole(index).without([20])
+    assert together.undoing(40) == [3, 11, 40] and apart.undoing(40) == [40]
 
 
 def test_a_group_with_several_units_in_one_bulk_is_pruned_once(index: UnitIndex, effects: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import effects_by_weights
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -186,22 +187,8 @@ def test_the_engine_gives_what_a_pruned_network_gives(name: str) -> None:
         apply_mask(pruned, mask)
         with torch.no_grad():
             torch.testing.assert_close(engine.logits(mask), pruned(inputs), rtol=1e-5, atol=1e-5)
-        effects = engine.effects(mask, lambda logits: logits.square().sum(), 5)
-        torch.testing.assert_close(effects, effects_by_weights(pruned, index, inputs[:5]), rtol=1e-3, atol=1e-4)
-
-
-def effects_by_weights(model: nn.Module, index: UnitIndex, inputs: Tensor) -> Tensor:
-    """Minus parameter times gradient over the gates of a pruned copy, image by image."""
-    effects = torch.zeros(len(inputs), len(index))
-    for image in range(len(inputs)):
-        model.zero_grad()
-        model(inputs[image : image + 1]).square().sum().backward()
-        for layer in index:
-            for name, axis in layer.gates:
-                parameter = model.get_parameter(name)
-                change = (parameter.detach() * parameter.grad).movedim(axis, 0).reshape(layer.size, -1)
-                effects[image, layer.units] -= change.sum(1)
-    return effects
+        effects = engine.effects(mask, lambda logits: logits.square().mean()).double()
+        torch.testing.assert_close(effects, effects_by_weights(model, mask, inputs), rtol=1e-3, atol=1e-5)
 
 
 def test_attention_whose_output_is_read_in_another_way_has_no_units() -> None:

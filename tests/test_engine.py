@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import effects_by_weights
 from torch import Tensor, nn
 
 from onp.engine import ActivationCache, Engine
@@ -337,24 +338,6 @@ def test_odd_networks(forward: Any, inputs: Tensor, randomised: Randomise) -> No
             torch.testing.assert_close(got.double(), effects_by_weights(network, mask, inputs), rtol=1e-3, atol=1e-6)
 
 
-def effects_by_weights(model: nn.Module, mask: KeepMask, inputs: Tensor) -> Tensor:
-    """Minus parameter times gradient over the gates of a permanently pruned copy, image by image: (n, N), in double."""
-    pruned = copy.deepcopy(model).eval()
-    apply_mask(pruned, mask)
-    squares = pruned.double()(inputs.double()).square()
-    effects = torch.zeros(len(inputs), len(mask.index), dtype=torch.float64)
-    for image in range(len(inputs)):
-        pruned.zero_grad()
-        (squares[image].sum() / squares.numel()).backward(retain_graph=True)
-        for layer in mask.index:
-            for name, axis in layer.gates:
-                parameter = pruned.get_parameter(name)
-                if parameter.grad is not None:
-                    change = (parameter.detach() * parameter.grad).movedim(axis, 0).reshape(layer.size, -1)
-                    effects[image, layer.offset : layer.offset + layer.size] -= change.sum(1)
-    return effects
-
-
 def test_effects_are_by_image_whatever_the_chunks(network: nn.Module, index: UnitIndex, inputs: Tensor) -> None:
     mask = random_masks(index)[8]
     expected = effects_by_weights(network, mask, inputs)
@@ -365,7 +348,7 @@ def test_effects_are_by_image_whatever_the_chunks(network: nn.Module, index: Uni
         )  # the mean of the squares of ten images, five classes each
         assert got.shape == (images or 10, len(index))
         torch.testing.assert_close(got.double(), expected[:images], rtol=1e-3, atol=1e-6)
-        assert bool((got[:, ~mask.keep] == 0).all())
+        assert float(got[:, ~mask.keep].abs().max()) > 1e-5  # what is pruned can be restored
 
 
 def scale_from_a_table(net: Any, x: Tensor) -> Tensor:

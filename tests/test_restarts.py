@@ -81,16 +81,23 @@ def test_only_the_best_are_remembered_and_an_order_once() -> None:
     assert sorted(env.best.values()) == [(4.0, (3,)), (6.0, (1, 3))]
 
 
+def test_of_the_ways_to_one_set_the_shortest_is_remembered() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=9, patience=9, seed=0)
+    for actions in ((1, 0, 3), (3, 1), (3, 0, 0, 1)):
+        play(env, *actions)
+    assert sorted(env.best.values()) == [(2.0, (1,)), (4.0, (3,)), (6.0, (3, 1))]
+
+
 def test_episodes_begin_anywhere_along_a_best_sequence() -> None:
     env = ReturnToBest(Picks(9), fraction=0.0, elites=1, patience=9, seed=0)
-    play(env, 1, 3, 1, 3)
+    play(env, 1, 2, 0, 3)
     env.fraction = 1.0
     starts = Counter[tuple[int, ...]]()
     for _ in range(3200):
         observation, info = env.reset()
         starts[tuple(info["picked"])] += 1
         assert observation["kept"].tolist() == kept_after(info["picked"])
-    expected = {(1, 3, 1, 3): 800, (1, 3, 1): 800, (1, 3): 800, (1,): 800}
+    expected = {(1, 2, 0, 3): 800, (1, 2, 0): 800, (1, 2): 800, (1,): 800}
     assert starts == pytest.approx(expected, abs=75)
 
 

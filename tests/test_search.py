@@ -147,13 +147,16 @@ def test_ppo_stays_within_the_budget(make_env: Callable[..., PruningEnv], budget
 def test_ppo_never_takes_a_fruitless_action_twice_at_a_mask(
     make_env: Callable[..., PruningEnv], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Units are worth what they are worth at any mask, and there always is one left that was not tried."""
+    """Units are worth what they are worth at any mask, and there always is one left that was not tried.
+
+    Where a mask is come back to by restoring, other effects show.
+    """
     chosen = Counter[tuple[bytes, int]]()
     forward = GraphPolicy.forward
 
     def watched(self: GraphPolicy, observation: dict[str, Tensor], deterministic: bool = False) -> Any:
         actions, *rest = forward(self, observation, deterministic)
-        chosen[observation["kept"].numpy().tobytes(), int(actions)] += 1
+        chosen[b"".join(observation[name].numpy().tobytes() for name in ("kept", "effects")), int(actions)] += 1
         return actions, *rest
 
     monkeypatch.setattr(GraphPolicy, "forward", watched)
