@@ -139,7 +139,7 @@ class EnvConfig(DetectionConfig):
     """parts of a layer that one action can prune at once, where they make two units or more"""
     prune_groups: bool = False
     """prune all units that a residual addition ties to the chosen one with it, as ONP describes; else single units"""
-    effect_images: int = 50
+    effect_images: int = 100
     """images that the first-order effects in the observation are estimated on; they only have to rank units"""
     cache_gib: float = 4.0
     """activations kept between masks, GiB at the most"""
