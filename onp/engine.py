@@ -33,7 +33,6 @@ WORKSPACE = 256 << 20
 MASKS = 8
 """masks all of whose activations are kept at the most; more help little, and untouched memory is slow to come by"""
 
-
 AJAR = 1e-12
 """how far closed gates stand open while the effect of opening them is estimated"""
 

@@ -225,11 +225,9 @@ class GatedNetwork(GatedGraph):
         if channels is not None:
             keep, beta = keep[channels], None if beta is None else beta[channels]
         gate = self.along_axis(node, keep, value)
-        return (
-            value * gate
-            if beta is None
-            else torch.addcmul(self.along_axis(node, beta * (1 - keep), value), value, gate)
-        )
+        if beta is None:
+            return value * gate
+        return torch.addcmul(self.along_axis(node, beta * (1 - keep), value), value, gate)
 
     def keep(self, gate: fx.Node, pruned: frozenset[int], value: Tensor) -> Tensor:
         """1 for each entry on a gate's axis that is open, 0 for those of `pruned` units; of the type of `value`."""

@@ -268,6 +268,22 @@ def test_groups_are_pruned_together(data: DefenceData, clues: Clues) -> None:
     assert (reward, info["invalid_actions"]) == (0.0, 1)
 
 
+def test_a_pruned_unit_can_be_restored_but_not_at_once(data: DefenceData, clues: Clues) -> None:
+    env = make_env(data, clues)
+    env.reset()
+    env.step(4)
+    observation, *_ = env.step(9)
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [9]
+    both, one = (env.objective.all_kept.without(units) for units in ([4, 9], [9]))
+    observation, reward, _, _, info = env.step(4)
+    assert info["keep_mask"] == one and info["units_pruned"] == 1 and info["invalid_actions"] == 0
+    assert reward == pytest.approx(potential_by_hand(data, clues, one) - potential_by_hand(data, clues, both), abs=1e-5)
+    assert np.flatnonzero(observation["action_mask"] == 0).tolist() == [4]
+    assert np.array_equal(env.action_masks(), observation["action_mask"].astype(bool))
+    assert env.step(4)[4]["invalid_actions"] == 1
+    assert env.step(9)[4]["units_pruned"] == 0
+
+
 def test_action_mask_shows_what_is_valid(data: DefenceData, clues: Clues) -> None:
     env = make_env(data, clues)
     observation, _ = env.reset()

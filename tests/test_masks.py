@@ -103,6 +103,16 @@ def test_masked_equals_apply_save_and_load(name: str, randomised: Callable[..., 
         assert (temporary - unpruned).abs().max() > 1e-3 * unpruned.abs().max(), "the mask has to change something"
 
 
+def test_restoring_keeps_units_again_and_the_order_of_the_others(index: UnitIndex) -> None:
+    mask = KeepMask.all_kept(index).without([9, 2, 70, 5])
+    restored = mask.restoring([70, 2, 3])  # 3 was kept all the time
+    assert restored == KeepMask.all_kept(index).without([5, 9]) and restored.order == (9, 5)
+    assert mask.pruned == {2, 5, 9, 70} and mask.restoring([]) == mask
+    assert mask.restoring(torch.tensor([2, 5, 9, 70])).key == KeepMask.all_kept(index).key
+    with pytest.raises(MaskError, match=r"units \[78\] are none of this network's"):
+        mask.restoring([2, 78])
+
+
 def test_only_the_gates_become_zero(toy: nn.Module, index: UnitIndex) -> None:
     before = {key: value.clone() for key, value in toy.state_dict().items()}
     expected = {key: value.clone() for key, value in before.items()}
