@@ -9,6 +9,8 @@ import numpy as np
 
 DERIVED = {"progress", "action_mask"}
 """parts of an observation that depend on the way to a place, and not on the place alone"""
+ROUNDING = 1e-9
+"""of returns: along two ways to one mask they are sums of other rewards"""
 
 
 class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
@@ -32,6 +34,7 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self.spent: dict[bytes, set[int]] = {}
         """by what an observation shows of a place, the actions that are not to be taken there again"""
         self._place = b""
+        self._valid = np.zeros(0)
         self._actions: tuple[int, ...] = ()
         self._return = self._highest = 0.0
         self._idle = 0
@@ -55,14 +58,14 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         return self._step(action)
 
     def _step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        place = self._place
+        place, valid = self._place, action in self._valid.nonzero()[0]
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if float(reward) <= 0:
+        if float(reward) <= 0 and valid:
             self.spent.setdefault(place, set()).add(int(action))
         observation = self._without_spent(observation)
         self._actions, self._return = (*self._actions, int(action)), self._return + float(reward)
         self._idle += 1
-        if self._return > self._highest:
+        if self._return > self._highest + ROUNDING:
             self._highest, self._idle = self._return, 0
             if not (terminated or truncated):
                 self._remember(observation["kept"].tobytes())
@@ -71,7 +74,8 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
 
     def _without_spent(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         self._place = b"".join(value.tobytes() for name, value in observation.items() if name not in DERIVED)
-        left = observation["action_mask"].copy()
+        self._valid = observation["action_mask"]
+        left = self._valid.copy()
         left[list(self.spent.get(self._place, ()))] = 0
         return {**observation, "action_mask": left} if left.any() else observation
 

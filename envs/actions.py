@@ -79,7 +79,7 @@ class ActionSet:
         return list(dict.fromkeys(unit for one in chosen for unit in self.index.group_of(one).tolist()))
 
     def undoing(self, action: int) -> list[int]:
-        """Actions that lead back from where `action` leads to; none where that was a bulk or stop."""
+        """Actions on what `action` has just toggled, a single unit or its group; none for bulks and stop."""
         if action >= len(self.index):
             return []
         return self.index.group_of(action).tolist() if self.groups else [action]

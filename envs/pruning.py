@@ -53,7 +53,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     | `progress`    | `Box(2)`             | fraction of the steps that is left; potential gained since the start |
 
     Effects are estimated at the episode's best mask so far, and it is by those that a bulk chooses its units. So a step
-    that gains nothing costs one reward evaluation and not two; where the current mask is not the best, they are hints.
+    that gains nothing costs one reward evaluation and not two; where the current mask is not the best, they are hints,
+    with the sign changed for units that only one of the two keeps.
 
     ## Reward
     The change of the potential, a weighted sum of the terms in `envs.rewards` (weights: `EnvConfig.reward`), so that
@@ -140,12 +141,14 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Keep every unit again, or those of the `KeepMask` in `options={"keep_mask": mask}`.
 
-        Raises `MaskError` where that is none of this network's.
+        Raises `MaskError` where that is none of this network's, or of another rule than "zero".
         """
         super().reset(seed=seed)
         mask = (options or {}).get("keep_mask", self.objective.all_kept)
         if not isinstance(mask, KeepMask):
             raise MaskError(f"options['keep_mask'] is a {type(mask).__name__}; a KeepMask is expected")
+        if mask.rule != "zero":
+            raise MaskError(f"options['keep_mask'] is of rule {mask.rule!r}; the environment prunes by rule 'zero'")
         mask.check_fits(self.index)
         self._begin(mask)
         return self._observation(), self._info()
@@ -154,7 +157,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.mask = self.best = mask
         self.initial_score = self.score = self.objective.score(mask)
         self.steps = self.invalid_actions = 0
-        self._undoing: list[int] = []  # actions that would undo the last one
+        self._undoing: list[int] = []
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Prune, restore or stop; see the class docstring."""

@@ -27,7 +27,8 @@ Rule = Literal["zero", "gamma"]
 class KeepMask:
     """Which units of a network stay: `keep` has shape (N,), bool, True = kept.
 
-    `order` remembers in which order `without` pruned them, for drawing the path; it is no part of the mask's identity.
+    `order` remembers in which order `without` pruned what is pruned, for drawing the path; it is no part of the mask's
+    identity.
     """
 
     index: UnitIndex
@@ -60,10 +61,10 @@ class KeepMask:
 
     def restoring(self, units: Iterable[int] | Tensor) -> KeepMask:
         """This mask with `units` kept again; raises `MaskError` for one that the network does not have."""
-        numbers = self._numbers(units)
+        numbers = set(self._numbers(units))
         keep = self.keep.clone()
-        keep[numbers] = True
-        return KeepMask(self.index, keep, self.rule, tuple(unit for unit in self.order if unit not in set(numbers)))
+        keep[list(numbers)] = True
+        return KeepMask(self.index, keep, self.rule, tuple(unit for unit in self.order if unit not in numbers))
 
     def _numbers(self, units: Iterable[int] | Tensor) -> list[int]:
         numbers = [int(unit) for unit in units]
@@ -72,7 +73,7 @@ class KeepMask:
         return numbers
 
     def path(self) -> list[KeepMask]:
-        """The masks on the way to this one, from all kept on, a unit at a time."""
+        """From all kept to this mask, a unit at a time, in the order in which they were pruned."""
         masks = [KeepMask.all_kept(self.index, self.rule)]
         for unit in self.order:
             masks.append(masks[-1].without([unit]))

@@ -303,6 +303,20 @@ def test_equal_effects_share_a_rank_and_invalid_actions_have_none(env: PruningEn
     assert bool((uniform == uniform[0]).all())
 
 
+def test_what_speaks_for_pruning_a_unit_speaks_against_restoring_it(env: PruningEnv) -> None:
+    agent = stirred(agent_of(env))
+    network, units = agent.policy.mlp_extractor, len(env.index)
+    with torch.no_grad():
+        network.context[-2].weight.zero_()  # the same context whatever is kept
+        observation = all_kept(env, torch.zeros(env.actions.stop))
+        before = network(observation)[0][0]
+        observation["kept"][0, [3, 20]] = 0
+        after = network(observation)[0][0]
+    assert torch.equal(after[[3, 20]], -before[[3, 20]]) and float(before[[3, 20]].abs().min()) > 1e-3
+    others = [action for action in range(len(before)) if action not in (3, 20)]
+    assert torch.equal(after[others], before[others]) and len(before) > units + 1
+
+
 # --- weights --------------------------------------------------------------------------------------------
 
 

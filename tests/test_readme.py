@@ -25,6 +25,13 @@ def example(heading: str, **names: Any) -> dict[str, Any]:
     return names
 
 
+def test_every_document_that_is_named_is_there() -> None:
+    root, named = Path(__file__).parents[1], set[str]()
+    for page in [root / "README.md", root / "CHANGELOG.md", *sorted((root / "docs").glob("*.md"))]:
+        named |= set(re.findall(r"docs/\w+\.md", page.read_text()))
+    assert len(named) >= 6 and all((root / name).is_file() for name in named), named
+
+
 @pytest.fixture
 def given() -> dict[str, Any]:
     torch.manual_seed(0)

@@ -167,6 +167,24 @@ def test_places_that_look_different_are_different_but_for_the_progress(name: str
     ] * 2
 
 
+def test_what_is_valid_on_the_way_makes_no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was last taken is invalid, as undoing is; 0 leads back to where it is taken."""
+    env = Picks(9)
+    seen = env.observe
+
+    def observe() -> dict[str, np.ndarray]:
+        observation = seen()
+        if env.picked:
+            observation["action_mask"][env.picked[-1]] = 0
+        return observation
+
+    monkeypatch.setattr(env, "observe", observe)
+    wrapped = ReturnToBest(env, fraction=0.0, elites=1, patience=9, seed=0)
+    assert left(wrapped, 3, 2) == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
+    assert left(wrapped, 1, 0, 0) == [[0, 1, 2], [0, 2, 3], [2, 3], [2, 3]]
+    assert left(wrapped, 1) == [[0, 2], [2, 3]], "0 earned nothing behind 1, where 1 or 0 came last"
+
+
 def test_actions_that_gained_stay_valid() -> None:
     env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
     for _ in range(3):

@@ -193,7 +193,12 @@ def test_an_episode_may_begin_at_a_mask(env: PruningEnv) -> None:
 
 def test_an_episode_begins_at_a_mask_of_its_network_alone(env: PruningEnv) -> None:
     other = KeepMask.all_kept(index_units(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)), (1, 8, 8)))
-    for wrong, words in ((other, "other units"), ([1, 0], r"options\['keep_mask'\] is a list; a KeepMask is expected")):
+    gamma = KeepMask.all_kept(env.index, "gamma")
+    for wrong, words in (
+        (other, "other units"),
+        ([1, 0], r"options\['keep_mask'\] is a list; a KeepMask is expected"),
+        (gamma, r"options\['keep_mask'\] is of rule 'gamma'; the environment prunes by rule 'zero'"),
+    ):
         with pytest.raises(MaskError, match=words):
             env.reset(options={"keep_mask": wrong})
 
