@@ -30,7 +30,7 @@ def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress
         if env.reward_evaluations >= budget:
             break
         if mask.keep[unit]:  # not gone with its group
-            mask = env.after(mask, unit, env.effects["score"])
+            mask = env.actions.after(unit, mask, env.effects["score"])
             env.objective.score(mask)
             progress(env.reward_evaluations, budget)
 
@@ -47,7 +47,7 @@ def greedy_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
         totals, valid = env.actions.totals(mask, effects), env.actions.valid(mask)[:-1]
         valid[: len(mask.keep)] &= mask.keep
         order = totals.masked_fill(~valid, -torch.inf).argsort(descending=True, stable=True)[: int(valid.sum())]
-        trials = [env.after(mask, action, effects) for action in order[:width].tolist()]
+        trials = [env.actions.after(action, mask, effects) for action in order[:width].tolist()]
         for trial in trials[: budget - env.reward_evaluations]:
             env.objective.score(trial)
             progress(env.reward_evaluations, budget)
@@ -65,7 +65,7 @@ def random_search(env: PruningEnv, budget: int, seed: int, progress: Progress) -
             if env.reward_evaluations >= budget or mask.units_pruned == len(env.index):
                 break
             unit = int(generator.choice(mask.keep.nonzero().flatten().numpy()))
-            mask = env.after(mask, unit, env.effects["score"])
+            mask = env.actions.after(unit, mask, env.effects["score"])
             env.objective.score(mask)
             progress(env.reward_evaluations, budget)
         idle = idle + 1 if env.reward_evaluations == before else 0

@@ -167,7 +167,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         stopped = action == self.actions.stop
         if not stopped and 0 <= action < len(self.actions) and bool(self._valid()[action]):
             self._undoing = self.actions.undoing(action)
-            self.mask = self.after(self.mask, action, self._effects())
+            self.mask = self.actions.after(action, self.mask, self._effects())
             self.score = self.objective.score(self.mask)
             if self.score.potential > self.objective.score(self.best).potential:
                 self.best = self.mask
@@ -184,10 +184,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         valid = self.actions.valid(self.mask)
         valid[self._undoing] = False
         return valid
-
-    def after(self, mask: KeepMask, action: int, effects: Tensor) -> KeepMask:
-        """The mask that a valid `action` leads to from `mask`; a bulk chooses its units by their `effects`, (N,)."""
-        return self.actions.after(action, mask, effects)
 
     def _effects(self) -> Tensor:
         """Those at the best mask so far, (N,), with the sign changed where the current mask has a unit otherwise."""

@@ -298,7 +298,7 @@ def test_after_leaves_masks_and_the_episode_alone(data: DefenceData, clues: Clue
         env = make_env(data, clues, **settings)
         env.reset()
         given = env.objective.all_kept.without([9])
-        assert pruned(env.after(given, 4, env.effects["score"])) == expected
+        assert pruned(env.actions.after(4, given, env.effects["score"])) == expected
         assert given == env.objective.all_kept.without([9])
         assert env.mask == env.objective.all_kept
 
@@ -488,7 +488,7 @@ def test_evaluations_count_distinct_masks_and_sensitivity_passes(data: DefenceDa
         env.objective.score(env.mask)
         env.objective.effects(env.mask)  # never the best, so no pass was made there yet
         assert env.reward_evaluations == 17
-    env.objective.score(env.after(env.mask, 12, env.effects["score"]))
+    env.objective.score(env.actions.after(12, env.mask, env.effects["score"]))
     assert env.reward_evaluations == 18
 
 
