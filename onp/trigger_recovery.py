@@ -58,9 +58,13 @@ class RecoveredTrigger:
     """one more variant: a pattern over the whole image, where far less of it leads to the class than to another"""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Apply the variants in turn to images of shape (n, channels, height, width) in [0, 1], as a `Patch` is."""
+        """Apply the variants, evenly shared out, to images of shape (n, channels, h, w) in [0, 1], as a `Patch` is.
+
+        Shuffled, since classes take turns among defence images, and each should meet every variant.
+        """
         variants = len(self.masks) + (self.faint is not None)
-        turn = (torch.arange(len(images), device=images.device) % variants).view(-1, 1, 1, 1)
+        shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        turn = (shuffled % variants).view(-1, 1, 1, 1).to(images.device)
         place = turn.flatten().clamp(max=len(self.masks) - 1)
         masks = (2 * self.masks[place]).clamp(max=1)
         triggered = (1 - masks) * images + masks * self.patterns[place]

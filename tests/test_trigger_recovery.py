@@ -45,12 +45,28 @@ def test_a_recovered_trigger_blends_by_twice_its_mask() -> None:
     assert torch.allclose(shown, torch.tensor([[[0.4, 0.7], [0.3, 0.08]]]).expand(3, 1, 2, 2))
 
 
-def test_variants_of_a_recovered_trigger_take_turns() -> None:
+def kinds(shown: Tensor, *expected: Tensor) -> Tensor:
+    """Which of `expected` each of `shown` is; an error where it is none, or several."""
+    alike = torch.stack([torch.isclose(shown, one).flatten(1).all(1) for one in expected])
+    assert alike.sum(0).tolist() == [1] * len(shown)
+    return alike.int().argmax(0)
+
+
+def test_variants_of_a_recovered_trigger_are_shared_out_evenly() -> None:
     masks = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.25]]]])  # shown doubled, but never above 1
     patterns = torch.tensor([[[[1.0, 9.0]], [[0.5, 9.0]]], [[[9.0, 0.0]], [[9.0, 0.8]]]])  # two colours
     shown = RecoveredTrigger(0, masks, patterns, (1.0, 2.0))(torch.full((5, 2, 1, 2), 0.4))
     first, second = torch.tensor([[[1.0, 0.4]], [[0.5, 0.4]]]), torch.tensor([[[0.4, 0.2]], [[0.4, 0.6]]])
-    assert torch.allclose(shown, torch.stack([first, second, first, second, first]))
+    assert kinds(shown, first, second).bincount().tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(("classes", "variants"), [(9, 3), (42, 3), (42, 2)])
+def test_every_class_meets_every_variant_where_classes_take_turns(classes: int, variants: int) -> None:
+    masks = 0.5 * torch.eye(variants).view(variants, 1, 1, variants)
+    found = RecoveredTrigger(0, masks, torch.ones(variants, 1, 1, variants), (1.0, 2.0))
+    labels = torch.arange(15 * classes) % classes
+    met = kinds(found(torch.zeros(len(labels), 1, 1, variants)), *torch.eye(variants))
+    assert all(len(met[labels == label].unique()) == variants for label in range(classes))
 
 
 def test_a_faint_pattern_is_the_last_variant_and_is_added_twice() -> None:
@@ -58,7 +74,7 @@ def test_a_faint_pattern_is_the_last_variant_and_is_added_twice() -> None:
     found = RecoveredTrigger(0, mask, pattern, (1.0, 2.0), FaintPattern(torch.tensor([[[0.1, -0.3]]])))
     for trigger in (found, RecoveredTrigger.of_tensors(found.tensors(), torch.device("cpu"))):
         shown = trigger(torch.full((3, 1, 1, 2), 0.4))
-        assert torch.allclose(shown, torch.tensor([[[[1.0, 0.4]]], [[[0.6, 0.0]]], [[[1.0, 0.4]]]]))
+        assert kinds(shown, torch.tensor([1.0, 0.4]), torch.tensor([0.6, 0.0])).bincount().tolist() == [2, 1]
 
 
 # --- recovery -------------------------------------------------------------------------------------------
