@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
+from onp.smallest import Smallest
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,27 +49,23 @@ def _shrink(
 ) -> tuple[Tensor, float]:
     """The weakest pattern that leads to class `goal`, and its norm: infinite where none does.
 
-    The weight of the norm adapts to the pattern's success, as that of a mask's size does. Pixels, unlike the logits of
-    masks, are what Adam steps on: so its steps are smaller.
+    Pixels, unlike the logits of masks, are what Adam steps on: so its steps are smaller.
     """
     generator = torch.Generator().manual_seed(seed)
     images, batch = data.images, min(config.batch_size, len(data))
     pattern = (0.01 * torch.randn(data.input_shape, generator=generator)).to(images.device).requires_grad_()
-    goals = torch.full((batch,), goal, device=images.device)
+    best, goals = torch.zeros_like(images[0]), torch.full((batch,), goal, device=images.device)
+    search, only = Smallest(1, weight=0.1, enough=0.95, ample=0.98, device=images.device), goals.new_zeros(1)
     optimizer = torch.optim.Adam([pattern], 0.01, betas=(0.5, 0.9))
-    best, least, weight, success = torch.zeros_like(images[0]), float("inf"), 0.1, 0.0
     for step in range(config.steps):
         chosen = torch.randint(len(data), (batch,), generator=generator).to(images.device)
         triggered = (images[chosen] + pattern).clamp(0, 1)
         logits = model(data.normalise(triggered).contiguous(memory_format=torch.channels_last))
         size = pattern.norm()
         optimizer.zero_grad()
-        (F.cross_entropy(logits, goals) + weight * size).backward()
-        hits = float((logits.argmax(1) == goals).float().mean())
-        success = 0.8 * success + 0.2 * hits
-        if min(success, hits) >= 0.95 and (norm := float(size.detach())) < least:
-            best, least = pattern.detach().clone(), norm
+        (F.cross_entropy(logits, goals) + search.weights[0] * size).backward()
+        hits = (logits.argmax(1) == goals).float().mean()
+        if search.record(only, size.detach()[None], hits[None], step):
+            best = pattern.detach().clone()
         optimizer.step()
-        if step % 5 == 4:
-            weight *= 1.5 if success > 0.98 else 1 / 1.5 if success < 0.95 else 1
-    return best, least
+    return best, float(search.sizes)

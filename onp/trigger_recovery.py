@@ -19,6 +19,7 @@ from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.pattern_recovery import FaintPattern, recover_faint
+from onp.smallest import Smallest
 
 Aim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """loss and success, (n,) each, of logits (n, classes), given what is searched for and the images' numbers, (n,) each"""
@@ -160,7 +161,7 @@ def towards(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, T
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
 
 
-class MaskSearch:
+class MaskSearch(Smallest):
     """Smallest working masks so far, and where their optimisation stands; of `count` searches, one a class as a rule.
 
     `aim` says what a mask works for.
@@ -169,24 +170,24 @@ class MaskSearch:
     def __init__(
         self, model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int, count: int, aim: Aim
     ) -> None:
+        super().__init__(count, config.size_weight, enough=0.95, ample=0.98, device=data.images.device)
         self.model, self.data, self.config, self.aim = model, data, config, aim
         self.generator = torch.Generator().manual_seed(seed)
         (channels, height, width), device = data.input_shape, data.images.device
         self.mask_logits = torch.zeros(count, 1, height, width, device=device)
         self.pattern_logits = torch.zeros(count, channels, height, width, device=device)
         self.masks, self.patterns = self.mask_logits.sigmoid(), self.pattern_logits.sigmoid()
-        self.weights, self.success, self.sizes = torch.zeros(3, count, device=device)
         for number in range(count):
             self.restart(number)
 
     def restart(self, number: int, taken: Tensor | None = None) -> None:
         """Forget what is known of search `number`; from now on it keeps off the pixels `taken`, (1, height, width)."""
+        self.forget(number)
         # Half of every pixel is covered at first: shrinking keeps scattered pixels that growing would not find.
         for logits in (self.mask_logits, self.pattern_logits):
             logits[number] = 0.1 * torch.randn(logits[number].shape, generator=self.generator).to(logits.device)
         if taken is not None:
             self.mask_logits[number].masked_fill_(taken, -100.0)
-        self.weights[number], self.success[number], self.sizes[number] = self.config.size_weight, 0.0, float("inf")
         self.masks[number], self.patterns[number] = 0.0, 0.0
 
     def optimise(self, classes: Tensor, progress: Callable[[int], None]) -> None:
@@ -214,15 +215,7 @@ class MaskSearch:
             optimizer.zero_grad()
             (losses + self.weights[classes] * sizes).sum().backward()
             optimizer.step()
-            self._record(classes, masks.detach(), patterns.detach(), sizes.detach(), hits, step)
+            better = self.record(classes, sizes.detach(), hits, step)
+            self.masks[classes[better]] = masks.detach()[better]
+            self.patterns[classes[better]] = patterns.detach()[better]
         self.mask_logits[classes], self.pattern_logits[classes] = mask_logits.detach(), pattern_logits.detach()
-
-    def _record(self, classes: Tensor, masks: Tensor, patterns: Tensor, sizes: Tensor, hits: Tensor, step: int) -> None:
-        success = self.success[classes] = 0.8 * self.success[classes] + 0.2 * hits
-        better = (torch.minimum(success, hits) >= 0.95) & (sizes < self.sizes[classes])
-        self.sizes[classes[better]] = sizes[better]
-        self.masks[classes[better]], self.patterns[classes[better]] = masks[better], patterns[better]
-        if step % 5 == 4:
-            weights = self.weights[classes]
-            raised, lowered = weights * 1.5, weights / 1.5
-            self.weights[classes] = torch.where(success > 0.98, raised, torch.where(success < 0.95, lowered, weights))

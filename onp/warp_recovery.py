@@ -17,6 +17,7 @@ from onp.config import WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
+from onp.smallest import Smallest
 from onp.trigger_recovery import lead
 
 
@@ -110,19 +111,17 @@ def recover_warp(
     return replace(found, agreement=float((answers[others] == target).float().mean()))
 
 
-class _Search:
+class _Search(Smallest):
     """Smallest working warps so far, and where their optimisation stands, class by class."""
 
     def __init__(self, model: nn.Module, data: DefenceData, config: WarpRecoveryConfig, seed: int) -> None:
+        super().__init__(data.num_classes, config.size_weight, enough=0.8, ample=0.9, device=data.images.device)
         self.model, self.data, self.config = model, data, config
         self.generator = torch.Generator().manual_seed(seed)
         classes, (_, height, width), device = data.num_classes, data.input_shape, data.images.device
         self.unit = height / 32
         self.coarse = torch.randn(classes, 2, config.grid, config.grid, generator=self.generator).to(device)
         self.flows = torch.zeros(classes, 2, height, width, device=device)
-        self.weights = torch.full((classes,), config.size_weight, device=device)
-        self.success = torch.zeros(classes, device=device)
-        self.sizes = torch.full((classes,), float("inf"), device=device)
 
     def optimise(self, classes: Tensor, progress: Callable[[int], None]) -> None:
         """Shrink the warps of `classes`; the weight of a warp's size adapts to its success."""
@@ -145,15 +144,6 @@ class _Search:
             (losses + self.weights[classes] / self.unit * sizes).sum().backward()
             optimizer.step()
             hits = (logits.argmax(1) == targets).float().view(len(classes), batch).mean(1)
-            self._record(classes, flows.detach(), sizes.detach(), hits, step)
+            better = self.record(classes, sizes.detach(), hits, step)
+            self.flows[classes[better]] = flows.detach()[better]
         self.coarse[classes] = coarse.detach()
-
-    def _record(self, classes: Tensor, flows: Tensor, sizes: Tensor, hits: Tensor, step: int) -> None:
-        success = self.success[classes] = 0.8 * self.success[classes] + 0.2 * hits
-        better = (torch.minimum(success, hits) >= 0.8) & (sizes < self.sizes[classes])
-        self.sizes[classes[better]] = sizes[better]
-        self.flows[classes[better]] = flows[better]
-        if step % 5 == 4:
-            weights = self.weights[classes]
-            raised, lowered = weights * 1.5, weights / 1.5
-            self.weights[classes] = torch.where(success > 0.9, raised, torch.where(success < 0.8, lowered, weights))
