@@ -33,10 +33,10 @@ def runner_up(sizes: tuple[float, ...]) -> float:
     return sorted(sizes)[1]
 
 
-def outlier(size: float, rival: float, least: float, most: float) -> float:
-    """Log of the rival's size over `size`, at least 0; both count as within `least` and `most`."""
+def lead(size: float, rival: float, least: float, most: float) -> float:
+    """How many times as large as `size` the rival's is, at least 1; both count as within `least` and `most`."""
     first, second = (min(max(value, least), most) for value in (size, rival))
-    return max(math.log(second / first), 0.0)
+    return max(second / first, 1.0)
 
 
 def limits(mask: RecoveredTrigger) -> tuple[float, float]:
@@ -47,11 +47,11 @@ def limits(mask: RecoveredTrigger) -> tuple[float, float]:
     return 1.0, float(mask.masks[0].numel())
 
 
-def mask_outlier(mask: RecoveredTrigger) -> float:
-    """How far the smallest mask of a class stands out from those of the others."""
-    return outlier(min(mask.sizes), runner_up(mask.sizes), *limits(mask))
+def mask_lead(mask: RecoveredTrigger) -> float:
+    """How many times as large as the smallest mask of a class that of any other is."""
+    return lead(min(mask.sizes), runner_up(mask.sizes), *limits(mask))
 
 
 def conclusive(mask: RecoveredTrigger, probability: float) -> bool:
     """Whether the masks of classes alone speak for a backdoor with so much probability."""
-    return Calibration.of_package()(mask_outlier(mask)) >= probability
+    return Calibration.of_package()(math.log(mask_lead(mask))) >= probability

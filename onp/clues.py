@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from baselines_rnp.calibration import conclusive, limits, mask_outlier, outlier, runner_up
+from baselines_rnp.calibration import conclusive, lead, limits, mask_lead, runner_up
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import plain_weights
 from onp.config import DetectionConfig
@@ -44,28 +45,42 @@ class Clues:
         return {family: trigger for family, trigger in found.items() if trigger is not None}
 
     @property
-    def outliers(self) -> dict[Family, float]:
-        """By family, how far its smallest trigger stands out (`outlier`): the untargeted mask from those of classes."""
-        outliers: dict[Family, float] = {"mask": mask_outlier(self.mask)}
+    def leads(self) -> dict[Family, float]:
+        """By family, how many times as large as its smallest trigger the rival's is.
+
+        The rival of the untargeted mask is the smallest mask of a class.
+        """
+        leads: dict[Family, float] = {"mask": mask_lead(self.mask)}
         if self.warp is not None:
-            outliers["warp"] = outlier(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits)
+            leads["warp"] = lead(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits)
         if self.untargeted is not None:
-            outliers["all-to-all"] = outlier(self.untargeted.size, min(self.mask.sizes), *limits(self.mask))
-        return outliers
+            leads["all-to-all"] = lead(self.untargeted.size, min(self.mask.sizes), *limits(self.mask))
+        return leads
+
+    @property
+    def outliers(self) -> dict[Family, float]:
+        """By family, the log of the lead."""
+        return {family: math.log(lead) for family, lead in self.leads.items()}
+
+    @property
+    def credits(self) -> dict[Family, float]:
+        """By family, how far an outlier counts, in [0, 1]: a warp as far as the unlearned copy follows it too.
+
+        Clean networks too have a class that a far smaller warp leads to. But the copy has unlearned what images look
+        like, and seldom goes there, unless it is the very class that it collapses to. The untargeted mask counts as far
+        as it sends every class to one of its own.
+        """
+        credits: dict[Family, float] = {"mask": 1.0}
+        if self.warp is not None:
+            credits["warp"] = self.warp.agreement
+        if self.untargeted is not None:
+            credits["all-to-all"] = self.untargeted.spread
+        return credits
 
     @property
     def strengths(self) -> dict[Family, float]:
-        """By family, the outlier; that of warps as far as the unlearned copy follows, too.
-
-        Clean networks too have a class that a far smaller warp leads to, but the copy seldom goes there. The untargeted
-        mask counts as far as it sends every class to one of its own.
-        """
-        strengths = self.outliers
-        if self.warp is not None:
-            strengths["warp"] *= self.warp.agreement
-        if self.untargeted is not None:
-            strengths["all-to-all"] *= self.untargeted.spread
-        return strengths
+        """By family, the outlier as far as it counts."""
+        return {family: outlier * self.credits[family] for family, outlier in self.outliers.items()}
 
     @property
     def family(self) -> Family:
@@ -80,9 +95,11 @@ class Clues:
 
     @property
     def trust(self) -> float:
-        """How far the reward trusts it, in [0, 1]."""
-        trigger = self.trigger
-        return trigger.trust(self.mask.sizes) if isinstance(trigger, UntargetedTrigger) else trigger.trust
+        """How far the reward trusts it: not where the rival is as small, in full from twice the size on.
+
+        And no further than it counts.
+        """
+        return min(self.leads[self.family] - 1, 1.0) * self.credits[self.family]
 
 
 def find_clues(

@@ -2,7 +2,7 @@
 
 For every class, the smallest mask and a pattern that send clean images to that class are optimised. A backdoor's
 target class needs a far smaller mask than any other. A recovered trigger is evidence, not the trigger itself, and no
-model of a warp: `trust` says how far the smallest mask stands out, and so how far the reward goes by it.
+model of a warp: how far the smallest mask stands out says how far the reward goes by it (`onp.clues.Clues.trust`).
 """
 
 from __future__ import annotations
@@ -93,20 +93,6 @@ class RecoveredTrigger:
         masks, patterns = tensors["masks"].to(device), tensors["patterns"].to(device)
         faint = FaintPattern(tensors["faint"].to(device)) if "faint" in tensors else None
         return cls(int(sizes.argmin()), masks, patterns, tuple(sizes.tolist()), faint)
-
-    @property
-    def trust(self) -> float:
-        """How far the smallest mask stands out: 0 if the runner-up's is as small, 1 from twice its size on.
-
-        A runner-up that no mask worked for counts as needing the whole image.
-        """
-        first, second = (min(size, self.masks[0].numel()) for size in sorted(self.sizes)[:2])
-        return lead(first, second)
-
-
-def lead(size: float, rival: float) -> float:
-    """How far a trigger stands out from a rival's size: 0 where that is as small, 1 from twice the size on."""
-    return min(max(rival / size - 1, 0.0), 1.0) if size > 0 else 0.0
 
 
 def recover_trigger(

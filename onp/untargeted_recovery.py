@@ -22,7 +22,7 @@ from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.trigger_recovery import MaskSearch, Patch, lead, towards
+from onp.trigger_recovery import MaskSearch, Patch, towards
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +39,6 @@ class UntargetedTrigger(Patch):
         most, goals = self._moved.max(1)
         own = torch.arange(len(goals))
         return torch.where(most > 0, goals, own).to(labels.device)[labels]
-
-    def trust(self, sizes: tuple[float, ...]) -> float:
-        """How far its mask stands out from the smallest of a class (`sizes`), and each class has a goal of its own."""
-        whole = float(self.mask.numel())
-        return lead(min(self.size, whole), min(*sizes, whole)) * self.spread
 
     @property
     def _moved(self) -> Tensor:

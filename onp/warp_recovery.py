@@ -18,7 +18,6 @@ from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
 from onp.smallest import Smallest
-from onp.trigger_recovery import lead
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +49,6 @@ class RecoveredWarp:
         """
         height = self.flow.shape[1]
         return height / 640, height / 8
-
-    @property
-    def trust(self) -> float:
-        """How far the smallest warp stands out from the runner-up's (`lead`), as far as the unlearned copy agrees.
-
-        Clean networks too have a class that a far smaller warp leads to. But the copy has unlearned what images look
-        like, and seldom goes there, unless it is the very class that it collapses to.
-        """
-        least, most = self.limits
-        first, second = (min(max(size, least), most) for size in sorted(self.sizes)[:2])
-        return lead(first, second) * self.agreement
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""

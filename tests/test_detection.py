@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toy_networks import linear
 
-from baselines_rnp.calibration import Calibration, conclusive, outlier, runner_up
+from baselines_rnp.calibration import Calibration, conclusive, lead, runner_up
 from baselines_rnp.label_detection import Evidence, collapse, find_evidence, weigh
 from baselines_rnp.patch_recovery import recover_patches, success
 from onp.attacks.triggers import Trigger
@@ -54,7 +54,7 @@ def test_no_warp_that_works_agrees_with_nothing() -> None:
     data = DefenceData(torch.rand(4, 1, 8, 8), torch.ones(4, dtype=torch.long), 2)
     always = Answers(torch.tensor([[9.0, 0.0]]).expand(4, 2))
     none = recover_warp(Stubborn(), always, data, WarpRecoveryConfig(steps=2), seed=0)
-    assert none.sizes == (math.inf, math.inf) and (none.agreement, none.trust) == (0, 0)
+    assert none.sizes == (math.inf, math.inf) and none.agreement == 0
 
 
 class Stubborn(nn.Module):
@@ -119,13 +119,13 @@ def evidence(
     return Evidence(nn.Identity(), mask, everyone, warp, collapse=shares, clean_accuracy=1.0)
 
 
-def test_an_outlier_is_the_log_of_the_rival_over_the_size() -> None:
+def test_a_lead_is_how_many_times_the_size_the_rival_is() -> None:
     assert runner_up((8.0, 2.0, 6.0)) == 6
-    assert outlier(2.0, 6.0, 1, 64) == pytest.approx(math.log(3))
-    assert outlier(2.0, math.inf, 1, 4) == pytest.approx(math.log(2)), "bounded by the most"
-    assert outlier(9.0, math.inf, 1, 4) == 0 and outlier(math.inf, math.inf, 1, 4) == 0
-    assert outlier(1e-8, 3.0, 1, 4) == pytest.approx(math.log(3)), "bounded by the least"
-    assert outlier(6.0, 2.0, 1, 64) == 0, "what is larger does not stand out"
+    assert lead(2.0, 6.0, 1, 64) == 3
+    assert lead(2.0, math.inf, 1, 4) == 2, "bounded by the most"
+    assert lead(9.0, math.inf, 1, 4) == 1 and lead(math.inf, math.inf, 1, 4) == 1
+    assert lead(1e-8, 3.0, 1, 4) == 3, "bounded by the least"
+    assert lead(6.0, 2.0, 1, 64) == 1, "what is larger does not stand out"
 
 
 def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
@@ -152,7 +152,9 @@ def test_masks_alone_are_conclusive_from_a_confidence_on() -> None:
     assert not conclusive(masks(40.0, 20.0, 30.0), 0.95)
     for rival in range(5, 64):
         mask = masks(4.0, float(rival), 64.0)
-        assert mask.trust == 1 or not conclusive(mask, 0.95), "no trigger without a target could lead the reward"
+        assert Clues(nn.Identity(), mask).trust == 1 or not conclusive(mask, 0.95), (
+            "no trigger without a target could lead the reward"
+        )
 
 
 def test_what_was_not_looked_for_says_nothing() -> None:

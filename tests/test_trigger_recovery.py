@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onp.clues import Clues
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.pattern_recovery import FaintPattern, recover_faint
@@ -31,11 +32,12 @@ INFINITE = float("inf")
         ((INFINITE, 3.0, INFINITE), 1.0),
         ((INFINITE, 80.0, INFINITE), 0.25),  # no other class is known to need more than the 100 pixels there are
         ((INFINITE, INFINITE, INFINITE), 0.0),
+        ((0.2, 1.5, 9.0), 0.5),  # less than a pixel counts as one
     ],
 )
 def test_trust_grows_with_the_distance_to_the_runner_up(sizes: tuple[float, ...], trust: float) -> None:
     found = RecoveredTrigger(0, torch.zeros(1, 1, 10, 10), torch.zeros(1, 1, 10, 10), sizes)
-    assert found.trust == pytest.approx(trust, abs=1e-9)
+    assert Clues(nn.Identity(), found).trust == pytest.approx(trust, abs=1e-9)
 
 
 def test_a_recovered_trigger_blends_by_twice_its_mask() -> None:
@@ -129,7 +131,6 @@ def test_recovery_finds_a_planted_patch(clean: DefenceData) -> None:
     assert found.target == 2 and found.masks.shape == found.patterns.shape == (1, 1, 8, 8)
     assert float(inside.sum() / found.masks.sum()) > 0.9
     assert float((inside * bright).sum() / inside.sum()) > 0.9  # where it covers, it is bright
-    assert found.trust == 1
     assert found.sizes[2] < 4 < min(found.sizes[:2])
     assert found.sizes[2] == pytest.approx(float(found.masks.sum()), rel=1e-5)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_recovery_restores_the_network_after_an_error(clean: DefenceData) -> Non
 def test_recovery_without_success_is_not_trusted(clean: DefenceData) -> None:
     found = recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=1), seed=0)
     assert found.sizes == (INFINITE, INFINITE, INFINITE)
-    assert found.trust == 0
+    assert Clues(Backdoored(), found).trust == 0
 
 
 def test_recovery_depends_on_the_seed_alone(clean: DefenceData) -> None:
@@ -274,7 +275,7 @@ def test_variants_find_the_parts_of_a_trigger_one_after_the_other(clean: Defence
 def test_variants_keep_off_each_others_pixels_and_change_no_size(clean: DefenceData, network: type[Backdoored]) -> None:
     one, more = (recover_trigger(network(), clean, replace(RECOVERY, variants=count), seed=0) for count in (1, 3))
     assert len(one.masks) == len(one.patterns) == 1 <= len(more.masks) == len(more.patterns) <= 3
-    assert more.sizes == one.sizes and more.target == one.target and more.trust == one.trust
+    assert more.sizes == one.sizes and more.target == one.target
     assert torch.equal(more.masks[:1], one.masks) and torch.equal(more.patterns[:1], one.patterns)
     overlap = more.masks.sort(0, descending=True).values[1:2]
     assert bool((overlap <= 0.1).all())
@@ -282,7 +283,7 @@ def test_variants_keep_off_each_others_pixels_and_change_no_size(clean: DefenceD
 
 def test_there_are_no_variants_of_what_never_worked(clean: DefenceData) -> None:
     found = recover_trigger(Backdoored(), clean, replace(RECOVERY, steps=1, variants=3), seed=0)
-    assert found.trust == 0 and found.masks.shape == (1, 1, 8, 8)
+    assert found.sizes == (INFINITE, INFINITE, INFINITE) and found.masks.shape == (1, 1, 8, 8)
 
 
 # --- faint patterns -------------------------------------------------------------------------------------
