@@ -7,7 +7,7 @@ last, by `Normalisation`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
@@ -200,6 +200,17 @@ class ImageFolder(datasets.ImageFolder):
         path, label = self.samples[index]
         assert self.transform is not None
         return self.transform(read_image(Path(path))), label
+
+
+def named_folders(pairs: Iterable[str]) -> dict[str, str]:
+    """Where data sets of a name lie, of `NAME=FOLDER`s, absolute. Raises `DataError` for another kind of pair."""
+    folders = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if name not in NAMED_DATA or not folder:
+            raise DataError(f"--folders {pair}: expected NAME=FOLDER with a name of {', '.join(NAMED_DATA)}")
+        folders[name] = str(Path(folder).expanduser().resolve())
+    return folders
 
 
 def load_dataset(

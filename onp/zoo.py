@@ -11,9 +11,10 @@ import torch
 import tyro
 from rich.table import Table
 
-from onp.attacks.recipes import DATA, Recipe, expand
+from onp.attacks.recipes import Recipe, expand
 from onp.attacks.zoo import Zoo
 from onp.commands import console, run_command
+from onp.data import named_folders
 from onp.errors import ConfigError
 from onp.inputs import torch_device
 
@@ -26,7 +27,7 @@ class ZooConfig:
     """list entries with their recipes and figures, train those that are not there yet, or copy them as float16"""
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """entries such as cifar10-preact_resnet18-w16-wanet (data, network, attack; clean for a clean twin), or the
-    suites development and judged; list shows both suites by default"""
+    suites development, judged and calibration; list shows all three by default"""
     seed: int = 0
     """seed of everything random, and part of an entry's identity"""
     folders: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ def zoo(config: ZooConfig) -> int:
     if (config.job == "export") != (config.out is not None):
         raise ConfigError(f"{config.job}: --out goes with export, and export needs it")
     root = config.root.expanduser().resolve()
-    animals = Zoo(root, _folders(config.folders), config.download_root, torch_device(config.device), _Progress())
+    animals = Zoo(root, named_folders(config.folders), config.download_root, torch_device(config.device), _Progress())
     recipes = expand(config.names, config.seed)
     if config.out is not None:
         for recipe in recipes:
@@ -66,16 +67,6 @@ def zoo(config: ZooConfig) -> int:
     records = [animals.record(recipe) for recipe in recipes]
     console.print(_table(recipes, records))
     return int(config.job == "make" and any(record is None or "refused" in record for record in records))
-
-
-def _folders(pairs: tuple[str, ...]) -> dict[str, str]:
-    folders = {}
-    for pair in pairs:
-        name, _, folder = pair.partition("=")
-        if name not in DATA or not folder:
-            raise ConfigError(f"--folders {pair}: expected NAME=FOLDER with a name of {', '.join(DATA)}")
-        folders[name] = str(Path(folder).expanduser().resolve())
-    return folders
 
 
 class _Progress:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onp.bench.suite import read_suites
-from onp.errors import ConfigError
+from onp.errors import ConfigError, DataError
 
 ENTRY: dict[str, Any] = {
     "name": "tiny", "model": "network.py:tiny", "checkpoint": "tiny.safetensors", "trigger": "trigger.json",
@@ -32,6 +32,14 @@ def test_paths_of_a_suite_are_relative_to_its_file(tmp_path: Path) -> None:
     assert (tiny.mean, tiny.std, tiny.image_size, tiny.num_classes) == ((), (), None, None)
     assert (second.model, second.data, second.trigger, second.mean) == ("small_cnn", "cifar10", None, (0.5, 1.0, 0.25))
     assert (third.checkpoint, third.image_size, third.num_classes) == (Path("/elsewhere/w.pth"), 8, None)
+
+
+def test_folders_say_where_data_lies_that_is_only_named(tmp_path: Path) -> None:
+    suite = [{**ENTRY, "name": name, "data": name} for name in ("cifar10", "gtsrb", "images")]
+    found = read_suites([write(tmp_path / "suite.json", suite)], (f"cifar10={tmp_path}/mine", "digits=elsewhere"))
+    assert [suspect.data for suspect in found] == [f"{tmp_path}/mine", "gtsrb", f"{tmp_path}/images"]
+    with pytest.raises(DataError, match="--folders imagenet=x: expected NAME=FOLDER"):
+        read_suites([tmp_path / "suite.json"], ("imagenet=x",))
 
 
 def test_an_entry_is_a_folder_that_may_hold_more(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_the_list_shows_both_suites(tmp_path: Path, call: Any) -> None:
         (("make", "digits-nothing-l0"), "unknown model 'nothing'"),
         (("make", "digits-cifar_resnet18-w0-l0"), "width '0'"),
         (("make", WANET, "--folders", "digits"), "--folders digits: expected NAME=FOLDER"),
-        (("make", WANET, "--folders", "imagenet=/tmp"), "expected NAME=FOLDER with a name of cifar10"),
+        (("make", WANET, "--folders", "imagenet=/tmp"), "expected NAME=FOLDER with a name of digits, cifar10"),
         (("make", WANET, "--threads", -1), "--threads -1"),
         (("make", WANET, "--out", "somewhere"), "--out goes with export"),
         (("export", WANET), "export needs it"),

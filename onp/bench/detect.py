@@ -40,6 +40,8 @@ class DetectBenchConfig:
 
     models: tuple[Path, ...]
     """suites or entries, as for `onp.bench table`; a network without a trigger counts as clean"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     seeds: tuple[int, ...] = (0,)
     """seeds of everything random"""
     out: Path = Path("detection")
@@ -62,7 +64,7 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
         raise ConfigError(f"--images {config.images}: expected at least 10")
     records = []
     for seed in config.seeds:
-        for suspect in read_suites(config.models):
+        for suspect in read_suites(config.models, config.folders):
             path = config.out / f"{suspect.name}-seed{seed}.json"
             if not path.exists():
                 with console.status(f"{path.stem} ..."):

@@ -42,6 +42,8 @@ class RelearnConfig:
     """finished run folders, or folders of such (as a table's)"""
     twins: tuple[Path, ...] = ()
     """suites or entries of networks that never had a backdoor; the first that fits a run learns beside it"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the twins' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     methods: tuple[str, ...] = ("backdoored", "rnp_oracle", "onp", "onp_held")
     """rows of the run whose networks learn on; with _held behind it, pruned units stay away"""
     triggered: tuple[int, ...] = (0, 1, 5, 10, 50)
@@ -61,7 +63,7 @@ class RelearnConfig:
 def run_relearn(config: RelearnConfig) -> None:
     """Attack success rate of purified networks that learn on, along the steps. The same command goes on."""
     _check(config)
-    twins, records = read_suites(config.twins) if config.twins else [], []
+    twins, records = read_suites(config.twins, config.folders) if config.twins else [], []
     for folder in find_runs(config.runs):
         subject = Subject(folder, twins)
         for method in (*config.methods, *([TWIN] if subject.twin else [])):

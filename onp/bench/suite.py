@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from onp.checkpoints import read_json
-from onp.data import NAMED_DATA
+from onp.data import NAMED_DATA, named_folders
 from onp.errors import ConfigError, FileError
 
 
@@ -37,8 +37,12 @@ class Suspect:
     num_classes: int | None = None
 
 
-def read_suites(paths: Iterable[Path]) -> list[Suspect]:
-    """The networks of suites, entries and folders of entries, in order. Raises `ConfigError` for what is wrong."""
+def read_suites(paths: Iterable[Path], folders: Iterable[str] = ()) -> list[Suspect]:
+    """The networks of suites, entries and folders of entries, in order. Raises `ConfigError` for what is wrong.
+
+    `folders` (`NAME=FOLDER`) say where data lies that they only name.
+    """
+    data = named_folders(folders)
     suspects: list[Suspect] = []
     for path in paths:
         path = path.expanduser().resolve()
@@ -48,7 +52,7 @@ def read_suites(paths: Iterable[Path]) -> list[Suspect]:
         raise ConfigError(f"--models: {', '.join(twice)} comes more than once; give every network a name of its own")
     if not suspects:
         raise ConfigError("--models: no network; give suite files, or folders that hold an entry.json")
-    return suspects
+    return [replace(suspect, data=data.get(suspect.data, suspect.data)) for suspect in suspects]
 
 
 def _read(path: Path) -> list[Suspect]:

@@ -31,6 +31,8 @@ class TableConfig:
 
     models: tuple[Path, ...]
     """suites (JSON lists of networks), or folders that hold an entry.json; see onp/bench/suite.py for the fields"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     out: Path = Path("runs/table")
     """folder for table.json, table.md, plots and the run folders NAME-seedSEED[-budgetBUDGET]"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -121,7 +123,7 @@ def list_runs(config: TableConfig, out: Path) -> list[Run]:
             raise ConfigError(f"--{name} {' '.join(map(str, values))}: one comes twice")
     if not config.seeds:
         raise ConfigError("--seeds: expected one at least")
-    suspects = read_suites(config.models)
+    suspects = read_suites(config.models, config.folders)
     return [
         Run(suspect.name, seed, budget, _options(config, suspect, out, seed, budget))
         for seed in config.seeds

@@ -30,6 +30,8 @@ class TermsConfig:
 
     models: tuple[Path, ...]
     """suites or entries, as for `onp.bench table`; clean networks are left out"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     seed: int = 0
     """seed of everything random"""
     masks: int = 100
@@ -53,7 +55,7 @@ def run_terms(config: TermsConfig) -> None:
     for name in ("masks", "images"):
         if (value := getattr(config, name)) < 10:
             raise ConfigError(f"--{name} {value}: expected at least 10")
-    suspects = [suspect for suspect in read_suites(config.models) if suspect.trigger is not None]
+    suspects = [suspect for suspect in read_suites(config.models, config.folders) if suspect.trigger is not None]
     if not suspects:
         raise ConfigError("--models: no network with a trigger; without one there is no ASR to predict")
     records = []
