@@ -75,7 +75,8 @@ def _read(path: Path) -> Any:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{path} is not a file of plain weights ({reason[0][:120]}); save model.state_dict() and give that file"
+            f"{path} is not a file of plain weights ({reason[0][:120]}); give one of model.state_dict(), "
+            "and load no pickled model where a stranger's program could do harm (SECURITY.md)"
         ) from error
 
 

@@ -103,7 +103,7 @@ class RewardConfig:
     """weight of minus the log cross-entropy of the unlearned copy under the same mask; a tenth counts where the
     recovered trigger can be trusted"""
     trigger_resistance: float = 0.3
-    """weight of minus the log success of the recovered trigger, times the trust in it"""
+    """weight of minus the log-odds of the recovered trigger's success, times the trust in it"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,13 @@ from envs.pruning import PruningEnv
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def example(heading: str, **names: Any) -> dict[str, Any]:
-    """What the first Python example below a heading leaves behind, run with the given names."""
-    _, found, section = README.partition(f"\n## {heading}\n")
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found and code
-    exec(code[1], names)
+def examples(heading: str, **names: Any) -> dict[str, Any]:
+    """What the Python examples below a heading leave behind, run one after the other with the given names."""
+    _, found, rest = README.partition(f"\n## {heading}\n")
+    codes = re.findall(r"```python\n(.*?)```", rest.partition("\n## ")[0], re.DOTALL)
+    assert found and codes
+    for code in codes:
+        exec(code, names)
     return names
 
 
@@ -40,13 +41,16 @@ def given() -> dict[str, Any]:
 
 
 def test_the_environment(given: dict[str, Any]) -> None:
-    env = example("The environment in your own research", **given)["env"].unwrapped
+    left = examples("The environment in your own research", **given)
+    env = left["env"].unwrapped
     assert isinstance(env, PruningEnv) and len(env.index) == env.graph.num_nodes == 9
+    assert left["agent"].num_timesteps == 64 and env.config.reward.clean_fidelity == 6
+    assert left["score"] == env.objective.score(left["mask"])
 
 
 def test_rnp(given: dict[str, Any]) -> None:
     weights = {key: value.clone() for key, value in given["model"].state_dict().items()}
-    left = example("RNP by itself", **given)
+    left = examples("RNP by itself", **given)
     assert left["rnp"].values.shape == (9,) and left["chosen"].rule == left["mask"].rule == "gamma"
     assert left["threshold"] == 0.9 and 0 <= float(left["agreement"]) <= 1
     assert all(torch.equal(given["model"].state_dict()[key], value) for key, value in weights.items())

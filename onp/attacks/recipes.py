@@ -60,6 +60,8 @@ SUITES = {
         "cifar10-wide_resnet16_1-wanet",
         "cifar10-preact_resnet18-w16-badnets",
         "gtsrb-cifar_vgg16_bn-w16-trojan",
+        "gtsrb-cifar_vgg16_bn-w16-l2",
+        "gtsrb-cifar_vgg16_bn-w16-wanet",
         "cifar10-cifar_resnet18-w16-sig",
         "cifar10-small_vgg-l0",
     ),
