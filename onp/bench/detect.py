@@ -40,14 +40,14 @@ class DetectBenchConfig:
 
     models: tuple[Path, ...]
     """suites or entries, as for `onp.bench table`; a network without a trigger counts as clean"""
-    folders: tuple[str, ...] = ()
-    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     seeds: tuple[int, ...] = (0,)
     """seeds of everything random"""
     out: Path = Path("detection")
     """folder for a record of every network and seed; what is there is not measured again"""
     images: int = 500
     """test images of other classes than the target's, that are taken once clean and once triggered"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     defence_size: int = InputConfig.defence_size
     """clean images that the defender has"""
     device: str = InputConfig.device

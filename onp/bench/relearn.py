@@ -42,8 +42,6 @@ class RelearnConfig:
     """finished run folders, or folders of such (as a table's)"""
     twins: tuple[Path, ...] = ()
     """suites or entries of networks that never had a backdoor; the first that fits a run learns beside it"""
-    folders: tuple[str, ...] = ()
-    """where data lies that the twins' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     methods: tuple[str, ...] = ("backdoored", "rnp_oracle", "onp", "onp_held")
     """rows of the run whose networks learn on; with _held behind it, pruned units stay away"""
     triggered: tuple[int, ...] = (0, 1, 5, 10, 50)
@@ -56,6 +54,8 @@ class RelearnConfig:
     """test images that it is measured on"""
     out: Path = Path("relearning")
     """folder for the records, relearn.json and relearn.png; what is there is not measured again"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the twins' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     training: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(learning_rate=0.01, frozen=False))
     """how the networks learn on, from as many images as the defender has"""
 

@@ -31,8 +31,6 @@ class TableConfig:
 
     models: tuple[Path, ...]
     """suites (JSON lists of networks), or folders that hold an entry.json; see onp/bench/suite.py for the fields"""
-    folders: tuple[str, ...] = ()
-    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     out: Path = Path("runs/table")
     """folder for table.json, table.md, plots and the run folders NAME-seedSEED[-budgetBUDGET]"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -41,6 +39,8 @@ class TableConfig:
     """reward evaluations of random, ranked, greedy and onp, a run for each; --purify.budget alone by default"""
     stages: tuple[StageName, ...] = ()
     """what comes behind the methods, as for onp.train; finished runs get what they lack"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     defence_size: int = InputConfig.defence_size
     """clean images that the defender has"""
     device: str = InputConfig.device

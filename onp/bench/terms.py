@@ -30,14 +30,14 @@ class TermsConfig:
 
     models: tuple[Path, ...]
     """suites or entries, as for `onp.bench table`; clean networks are left out"""
-    folders: tuple[str, ...] = ()
-    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     seed: int = 0
     """seed of everything random"""
     masks: int = 100
     """reward evaluations that each of a random and a greedy search makes masks by"""
     images: int = 500
     """test images that ASR is measured on"""
+    folders: tuple[str, ...] = ()
+    """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     defence_size: int = InputConfig.defence_size
     """clean images that the defender has"""
     device: str = InputConfig.device
