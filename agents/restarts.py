@@ -16,8 +16,8 @@ ROUNDING = 1e-9
 class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     """Begin a fraction of the episodes along one of the best action sequences (Ecoffet et al. 2021).
 
-    Anywhere along it, so that its early steps, which decide most, are followed otherwise as often as the last; and
-    every other episode begins with an action that none has begun with. The sequence is replayed, so the environment has
+    Anywhere along it, so that its early steps, which decide most, are followed otherwise as often as the last: every
+    episode's first action of its own is one that none has taken there. The sequence is replayed, so the environment has
     to be deterministic; where it answers masks from memory, that costs no reward evaluation. A sequence is what led to
     a new best return of its episode, without ending it. An episode is truncated when `patience` steps
     in a row have not raised its best return: what is left of the budget is better spent elsewhere. For the same reason
@@ -31,8 +31,10 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self.generator = np.random.default_rng(seed)
         self.best: dict[bytes, tuple[float, tuple[int, ...]]] = {}
         """return and actions of the best sequences, the shortest to each set of kept units"""
-        self.spent: dict[bytes, set[int]] = {}
-        """by what an observation shows of a place, the actions that are not to be taken there again"""
+        self.taken: dict[bytes, set[int]] = {}
+        """by what an observation shows of a place, the actions that have been taken there"""
+        self.fruitless: dict[bytes, set[int]] = {}
+        """those of them that earned nothing"""
         self._place = b""
         self._valid = np.zeros(0)
         self._actions: tuple[int, ...] = ()
@@ -43,26 +45,26 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         """Reset, and perhaps replay; `seed` and `options` go to the environment."""
         observation, info = self.env.reset(seed=seed, options=options)
         self._actions, self._return, self._highest, self._idle = (), 0.0, 0.0, 0
-        observation = self._without_spent(observation)
+        self._arrive(observation)
         if self.best and self.generator.random() < self.fraction:
             _, actions = list(self.best.values())[self.generator.integers(len(self.best))]
             for action in actions[: self.generator.integers(len(actions)) + 1]:
                 observation, _, _, _, info = self._step(np.int64(action))
             self._highest, self._idle = self._return, 0
-        return observation, info
+        return self._without(self.taken, observation), info
 
     def step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and remember the sequence where it is among the best; `info["return"]` counts what was replayed too."""
-        if not self._actions:
-            self.spent.setdefault(self._place, set()).add(int(action))
-        return self._step(action)
+        observation, *outcome = self._step(action)
+        return self._without(self.fruitless, observation), *outcome
 
     def _step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         place, valid = self._place, action in self._valid.nonzero()[0]
         observation, reward, terminated, truncated, info = self.env.step(action)
+        self.taken.setdefault(place, set()).add(int(action))
         if float(reward) <= 0 and valid:
-            self.spent.setdefault(place, set()).add(int(action))
-        observation = self._without_spent(observation)
+            self.fruitless.setdefault(place, set()).add(int(action))
+        self._arrive(observation)
         self._actions, self._return = (*self._actions, int(action)), self._return + float(reward)
         self._idle += 1
         if self._return > self._highest + ROUNDING:
@@ -72,11 +74,14 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         info = {**info, "return": self._return}
         return observation, reward, terminated, truncated or self._idle >= self.patience, info
 
-    def _without_spent(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _arrive(self, observation: dict[str, np.ndarray]) -> None:
         self._place = b"".join(value.tobytes() for name, value in observation.items() if name not in DERIVED)
         self._valid = observation["action_mask"]
+
+    def _without(self, actions: dict[bytes, set[int]], observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The observation with those `actions` invalid that belong to this place, unless no other is left."""
         left = self._valid.copy()
-        left[list(self.spent.get(self._place, ()))] = 0
+        left[list(actions.get(self._place, ()))] = 0
         return {**observation, "action_mask": left} if left.any() else observation
 
     def _remember(self, kept: bytes) -> None:

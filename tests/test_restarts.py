@@ -200,16 +200,31 @@ def test_where_every_action_earned_nothing_the_valid_ones_come_back() -> None:
     assert left(env, 1)[-1] == [0, 2, 3]
 
 
-def test_a_start_along_a_best_sequence_shows_what_earned_nothing_there() -> None:
-    env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
-    play(env, 1, 3, 0)
-    play(env, 1, 2, 0)
-    play(env, 0)
+def starts(env: ReturnToBest) -> dict[tuple[int, ...], list[int]]:
+    """What episodes that begin along the best sequences show as valid, by what they replayed."""
     env.fraction, shown = 1.0, dict[tuple[int, ...], list[int]]()
     for _ in range(40):
         observation, info = env.reset()
         shown[tuple(info["picked"])] = np.flatnonzero(observation["action_mask"]).tolist()
-    assert shown == {(1,): [0, 3], (1, 3): [2]}
+    env.fraction = 0.0
+    return shown
+
+
+def test_a_start_along_a_best_sequence_goes_on_as_none_has() -> None:
+    env = ReturnToBest(Picks(), fraction=0.0, elites=1, patience=9, seed=0)
+    play(env, 1, 3, 0)
+    assert starts(env) == {(1,): [0, 2], (1, 3): [2]}  # behind 1, the best sequence itself took 3, which gained
+    play(env, 1, 2, 0)
+    assert starts(env) == {(1,): [0], (1, 3): [2]}
+    play(env, 1, 0)
+    assert starts(env) == {(1,): [0, 2, 3], (1, 3): [2]}, "where every action was taken, the valid ones come back"
+
+
+def test_only_the_first_action_behind_a_start_has_to_be_new() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=1, patience=9, seed=0)
+    play(env, 3, 1, 0)
+    assert left(env, 1, 0) == [[0, 1, 2], [0, 2, 3], [2, 3]]
+    assert left(env, 0, 3) == [[0, 2], [1, 2, 3], [0, 1, 2]]  # 1 gained behind 3
 
 
 def test_the_last_action_of_an_episode_counts_too() -> None:
