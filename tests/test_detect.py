@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from documented import undocumented
 from PIL import Image
 
 from onp.bench import __main__ as bench
@@ -127,6 +128,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert code == 3 and "Evidence of a backdoor towards class 2 (<i>2), by a mask" in out
     record = json.loads(record_file.read_text())
     assert (record["verdict"], record["target"]) == ("evidence", 2) and record["confidence"] >= 0.5
+    assert not undocumented("verdict.json", record)
     assert record["masks_alone"] and "The masks say enough" in out and "Mask without a target" not in out
     assert all(row["warp"] is None for row in record["classes"]) and record["untargeted_mask"] is None
     assert "mask, pixels" in out and "warp, pixels" not in out

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from documented import undocumented
 from PIL import Image
 from torch import nn
 
@@ -110,6 +111,7 @@ def test_cells_are_the_rows_of_the_runs(made: tuple[Path, str]) -> None:
     cells = {(cell["model"], cell["budget"], cell["method"]): cell for cell in table(out)["cells"]}
     searches = [(budget, method) for budget in BUDGETS for method in ("random", "ranked", "greedy", "onp", "onp_gated")]
     others = [(None, method) for method in ("backdoored", "rnp", "rnp_oracle")]
+    assert not undocumented("table.json", table(out))
     assert set(cells) == {(name, *key) for name in ("tiny", "clean") for key in searches + others}
     assert len(table(out)["cells"]) == len(cells)
     for (name, budget, method), cell in cells.items():

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from documented import undocumented
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -196,7 +197,11 @@ def test_the_attack_command_needs_images_beside_those_of_the_defence(patient: Pa
 
 
 def test_rows_are_the_contract(run: Path) -> None:
-    rows = json.loads((run / "report.json").read_text())["rows"]
+    report = json.loads((run / "report.json").read_text())
+    rows = report["rows"]
+    assert not undocumented("report.json", report)
+    assert not undocumented("masks/METHOD.json", json.loads((run / "masks/onp.json").read_text()))
+    assert not undocumented("verdict.json", json.loads((run / "clues.json").read_text()))
     assert [row["method"] for row in rows] == ROWS
     for row in rows:
         assert set(row) >= KEYS, row["method"]
