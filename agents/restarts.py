@@ -51,12 +51,12 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
             for action in actions[: self.generator.integers(len(actions)) + 1]:
                 observation, _, _, _, info = self._step(np.int64(action))
             self._highest, self._idle = self._return, 0
-        return self._without(self.taken, observation), info
+        return self._without(observation, self.taken, self.fruitless), info
 
     def step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and remember the sequence where it is among the best; `info["return"]` counts what was replayed too."""
         observation, *outcome = self._step(action)
-        return self._without(self.fruitless, observation), *outcome
+        return self._without(observation, self.fruitless), *outcome
 
     def _step(self, action: np.int64) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         place, valid = self._place, action in self._valid.nonzero()[0]
@@ -78,11 +78,14 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self._place = b"".join(value.tobytes() for name, value in observation.items() if name not in DERIVED)
         self._valid = observation["action_mask"]
 
-    def _without(self, actions: dict[bytes, set[int]], observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The observation with those `actions` invalid that belong to this place, unless no other is left."""
-        left = self._valid.copy()
-        left[list(actions.get(self._place, ()))] = 0
-        return {**observation, "action_mask": left} if left.any() else observation
+    def _without(self, observation: dict[str, np.ndarray], *spent: dict[bytes, set[int]]) -> dict[str, np.ndarray]:
+        """The observation without this place's actions in the first of `spent` that leaves any; else as it is."""
+        for actions in spent:
+            left = self._valid.copy()
+            left[list(actions.get(self._place, ()))] = 0
+            if left.any():
+                return {**observation, "action_mask": left}
+        return observation
 
     def _remember(self, kept: bytes) -> None:
         shorter = kept not in self.best or len(self._actions) < len(self.best[kept][1])
