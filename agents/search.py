@@ -20,7 +20,8 @@ Progress = Callable[[int, int], None]
 
 def ranked_units(env: PruningEnv) -> list[int]:
     """All units, the best first-order score first."""
-    return env.effects["score"].argsort(descending=True, stable=True).tolist()
+    totals = env.actions.totals(env.objective.all_kept, env.effects["score"])[: len(env.index)]
+    return totals.argsort(descending=True, stable=True).tolist()
 
 
 def one_shot_ranking(env: PruningEnv, budget: int, seed: int, progress: Progress) -> None:

@@ -50,13 +50,16 @@ class ActionSet:
         return torch.cat([torch.ones_like(mask.keep), torch.tensor([*bulks, True])])
 
     def totals(self, mask: KeepMask, effects: Tensor) -> Tensor:
-        """The effects (N,) of single units, then of each bulk action, to first order its units' sum: (N + B,)."""
+        """Of single units' effects, (N,), the sum over what each action but stop toggles, to first order: (N + B,)."""
         totals = effects.new_zeros(len(self.bulks))
         for number, bulk in enumerate(self.bulks):
-            units = self._layer(bulk)
-            kept = effects[units][mask.keep[units]]
+            if self.groups:  # units of one bulk may share a group, which counts once
+                units = torch.tensor(self.units(len(self.index) + number, mask, effects))
+                totals[number] = effects[units][mask.keep[units]].sum()
+                continue
+            kept = effects[self._layer(bulk)][mask.keep[self._layer(bulk)]]
             totals[number] = kept.topk(min(bulk.count, len(kept))).values.sum()
-        return torch.cat([effects, totals])
+        return torch.cat([self._with_groups(mask, effects), totals])
 
     def after(self, action: int, mask: KeepMask, effects: Tensor) -> KeepMask:
         """The mask that a valid `action` leads to from `mask`; a bulk chooses its units by their `effects`, (N,)."""
@@ -72,7 +75,7 @@ class ActionSet:
         if action >= len(self.index):
             bulk = self.bulks[action - len(self.index)]
             units = self._layer(bulk)
-            ranks = effects[units].masked_fill(~mask.keep[units], -torch.inf)
+            ranks = self._with_groups(mask, effects)[units].masked_fill(~mask.keep[units], -torch.inf)
             chosen = (ranks.argsort(descending=True, stable=True)[: bulk.count] + units.start).tolist()
         if not self.groups:
             return chosen
@@ -83,6 +86,15 @@ class ActionSet:
         if action >= len(self.index):
             return []
         return self.index.group_of(action).tolist() if self.groups else [action]
+
+    def _with_groups(self, mask: KeepMask, effects: Tensor) -> Tensor:
+        """Of every unit, the sum over those of its group that are pruned, or restored, with it."""
+        if not self.groups:
+            return effects
+        groups, sums = self.index.groups, torch.zeros(2, len(effects), dtype=effects.dtype)
+        for number, chosen in enumerate((mask.keep, ~mask.keep)):
+            sums[number].index_add_(0, groups, effects.where(chosen, 0.0))
+        return torch.where(mask.keep, *sums[:, groups])
 
     def _layer(self, bulk: Bulk) -> slice:
         layer = self.index.layers[bulk.layer]

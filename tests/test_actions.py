@@ -179,14 +179,18 @@ def test_groups_go_together(index: UnitIndex, effects: Tensor) -> None:
         (0, [0], [0, 6]),
         (40, [40], [3, 11, 40]),
         (1, [1], [1]),
-        (52, [1, 2], [1, 2, 8]),
-        (53, [6, 3], [0, 6, 3, 11, 40]),
+        (52, [1, 2], [0, 6, 2, 8]),  # groups are worth the sum over their units: 0 and 2 are worth 8 and 5
+        (53, [6, 3], [0, 6, 2, 8]),  # 6 and 8 the same, 3 is worth -14
     ):
         assert apart.units(action, whole(index), effects) == alone
         assert together.units(action, whole(index), effects) == all_of_them
     assert together.units(STOP, whole(index), effects) == []
+    totals = together.totals(whole(index), effects)
+    assert totals[[0, 6, 40, 1, 52, 53]].tolist() == [8, 8, -14, 3, 13, 13]
     pruned = together.after(6, whole(index).without([0, 20]), effects)
     assert pruned == whole(index).without([0, 6, 20])
+    half = together.totals(whole(index).without([0, 3]), effects)  # as a mask may be that an episode begins at
+    assert half[[0, 6, 3, 11, 40]].tolist() == [1, 7, 5, -19, -19]
     assert together.after(0, pruned, effects) == whole(index).without([20])
     assert together.undoing(40) == [3, 11, 40] and apart.undoing(40) == [40]
 
@@ -196,6 +200,7 @@ def test_a_group_with_several_units_in_one_bulk_is_pruned_once(index: UnitIndex,
     index = tied(index, (3, 6, 11))
     actions = ActionSet(index, FRACTIONS, groups=True)
     mask = whole(index).without(actions.units(53, whole(index), effects))
+    assert actions.totals(whole(index), effects)[53] == 21
     assert mask.pruned == {3, 6, 11} and mask.units_pruned == 3
     assert sorted(mask.order) == [3, 6, 11]  # the path has three steps
     assert [step.units_pruned for step in mask.path()] == [0, 1, 2, 3]
