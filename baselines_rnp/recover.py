@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from onp.config import require
 from onp.data import DefenceData, augmented_batches
 from onp.errors import ModelError
 from onp.seeding import seeded
@@ -19,6 +20,9 @@ from onp.units import UnitIndex
 @dataclass(frozen=True)
 class RecoverConfig:
     """RNP's recovery; the defaults are those of the reference implementation."""
+
+    def __post_init__(self) -> None:  # single images are left out of training
+        require(self, learning_rate=0, momentum=0, epochs=1, batch_size=2)
 
     learning_rate: float = 0.2
     """step size of SGD over the masks"""

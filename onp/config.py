@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from onp.errors import ConfigError
+
+
+def require(config: Any, **least: float) -> None:
+    """Raise `ConfigError` for the first setting of `config` that is below its least value."""
+    for name, bound in least.items():
+        if not (value := getattr(config, name)) >= bound:
+            raise ConfigError(f"{type(config).__name__}.{name} {value}: expected at least {bound}")
 
 
 @dataclass(frozen=True)
 class UnlearnConfig:
     """RNP's unlearning; the defaults are those of the reference implementation."""
+
+    def __post_init__(self) -> None:  # single images are left out of training
+        require(self, learning_rate=0, momentum=0, weight_decay=0, batch_size=2, max_epochs=1)
 
     learning_rate: float = 0.01
     """step size of SGD"""
@@ -38,9 +48,7 @@ class TriggerRecoveryConfig:
     """Neural-Cleanse-style recovery of the trigger from clean images."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "finalists", "variants", "starts", "batch_size"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} {value}: expected at least 1")
+        require(self, steps=1, finalists=1, variants=1, starts=1, batch_size=1, learning_rate=0, size_weight=0)
         if not self.conclusive >= 0.8:
             raise ConfigError(f"conclusive {self.conclusive}: expected a probability of at least 0.8, or more than 1")
 
@@ -68,9 +76,7 @@ class WarpRecoveryConfig:
     """Recovery of a smooth warp from clean images."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "finalists", "grid", "batch_size"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} {value}: expected at least 1")
+        require(self, steps=1, finalists=1, grid=1, batch_size=1, learning_rate=0, size_weight=0)
 
     steps: int = 60
     """Adam steps for all classes side by side, and again for the finalists"""
@@ -125,13 +131,9 @@ class EnvConfig(DetectionConfig):
     """The pruning environment; what its reward goes by is looked for as a backdoor is."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "effect_images"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} {value}: expected at least 1")
+        require(self, max_steps=1, effect_images=1, cache_gib=0)
         if not all(0 < fraction < 1 for fraction in self.bulk_fractions):
             raise ConfigError(f"bulk_fractions {self.bulk_fractions}: expected fractions between 0 and 1")
-        if not self.cache_gib >= 0:
-            raise ConfigError(f"cache_gib {self.cache_gib}: expected 0 or more")
 
     max_steps: int = 16
     """steps an episode lasts at the most"""
@@ -155,9 +157,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.restart_fraction <= 1:
             raise ConfigError(f"restart_fraction {self.restart_fraction}: expected a fraction from 0 to 1")
-        for name in ("elites", "n_envs", "patience", "heads", "hidden"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} {value}: expected at least 1")
+        require(self, elites=1, patience=1, steps_per_evaluation=1, heads=1, hidden=1, layers=0)
+        require(self, learning_rate=0, n_envs=1, n_steps=2, batch_size=2, n_epochs=1)  # PPO asks for two steps or more
         if self.hidden % self.heads:
             raise ConfigError(f"hidden {self.hidden}: expected a multiple of heads ({self.heads})")
 

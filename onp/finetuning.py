@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from onp.config import require
 from onp.data import DefenceData, augmented_batches
 from onp.errors import ConfigError, ModelError
 from onp.logits import logits_of
@@ -24,12 +25,7 @@ class FinetuneConfig:
     """SGD on clean images; the same for every network."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2)):  # single images are left out of training
-            if not (value := getattr(self, name)) >= least:
-                raise ConfigError(f"{name} {value}: expected at least {least}")
-        for name in ("momentum", "weight_decay"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ConfigError(f"{name} {value}: expected 0 or more")
+        require(self, epochs=1, batch_size=2, momentum=0, weight_decay=0)  # single images are left out of training
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate {self.learning_rate}: expected above 0")
 

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from onp.checkpoints import write_atomically
+from onp.config import require
 from onp.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class FitConfig:
     """How long and how fast a test model learns."""
+
+    def __post_init__(self) -> None:
+        require(self, epochs=1, batch_size=1, learning_rate=0)
 
     epochs: int = 25
     """passes over the training data"""
