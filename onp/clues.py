@@ -13,6 +13,7 @@ from torch import nn
 from baselines_rnp.calibration import conclusive, lead, limits, mask_lead, runner_up
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import plain_weights
+from onp.checks import check_network
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.journal import Journal
@@ -113,9 +114,9 @@ def find_clues(
     """Make from clean data what verdict and reward go by: the unlearned copy and the recovered triggers.
 
     Where the masks of classes are conclusive, neither a warp nor a mask without a target is looked for: it could not be
-    trusted more. `progress` is called with what comes next.
+    trusted more. `progress` is called with what comes next. Raises what `onp.checks.check_network` does.
     """
-    journal = journal or Journal()
+    data, journal = check_network(model, data), journal or Journal()
     progress("unlearning a copy")
     unlearned = copy.deepcopy(model).eval()
     unlearned.load_state_dict(

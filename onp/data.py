@@ -222,7 +222,7 @@ def load_dataset(
     Returns None where a folder has no test/. Raises `DataError` where there is nothing to read.
     """
     if data == "digits":
-        return _digits(split, image_size or 16)
+        return _digits(split, image_size or 16, channels)
     grey = channels == 1 or data == "fashion_mnist"
     convert = [transforms.Grayscale(channels)] if grey else []
     size = image_size or (32 if data == "gtsrb" else None)
@@ -281,13 +281,13 @@ def _download(data: str, split: Split, transform: Any, root: Path) -> ImageDatas
         ) from error
 
 
-def _digits(split: Split, size: int) -> ImageDataset:
+def _digits(split: Split, size: int, channels: int) -> ImageDataset:
     """scikit-learn's 1,797 handwritten digits, grey, enlarged from 8 x 8: 1,297 to train on and 500 to test on."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    images = F.interpolate(images, (size, size), mode="bilinear")
+    images = F.interpolate(images, (size, size), mode="bilinear").expand(-1, channels, -1, -1)
     labels = torch.tensor(bunch.target)
     order = balanced_order(labels, seed=0)
     chosen = order[500:] if split == "train" else order[:500]

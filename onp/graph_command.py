@@ -14,6 +14,7 @@ from onp.commands import console, print_untraced, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
 from onp.engine import Engine
+from onp.errors import ConfigError
 from onp.graph import GraphConfig, build_graph, to_networkx
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
@@ -36,6 +37,8 @@ class GraphCommandConfig(InputConfig):
 
 def draw(config: GraphCommandConfig) -> None:
     """Draw a network's unit graph (PNG) and write it as GraphML."""
+    if config.checkpoint is None:
+        raise ConfigError("no --checkpoint: give the weights of the network to draw")
     inputs = open_inputs(config.resolved())
     data = inputs.defence_data()
     index = index_units(inputs.model, data.input_shape)

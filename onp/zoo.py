@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def _say(recipe: Recipe, record: dict[str, Any], root: Path) -> None:
     for name, values in (("mean", recipe.mean), ("std", recipe.std)):
         options += f" --{name} {' '.join(map(str, values))}" if values else ""
     options += f" --image-size {record['image_size']}" if record.get("image_size") else ""
-    console.print(f"{recipe.folder} is made; python -m onp.train --data ... {options}", soft_wrap=True)
+    data = shlex.quote(str(record["data"]))
+    console.print(f"{recipe.folder} is made; python -m onp.train --data {data} {options}", soft_wrap=True)
 
 
 def _table(recipes: list[Recipe], records: list[dict[str, Any] | None]) -> Table:

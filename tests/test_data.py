@@ -272,6 +272,8 @@ def test_digits() -> None:
     assert parts[0] + parts[1] == everything, "every digit once, in one of the two"
     assert set(Counter(labels_of(test)).values()) == {50}
     assert class_count(train) == 10 and train[0][0].shape == (1, 8, 8)
+    coloured = load_dataset("digits", "train", 3, 8, Path("unused"))
+    assert coloured is not None and torch.equal(coloured[0][0], train[0][0].expand(3, 8, 8))
     enlarged = load_dataset("digits", "train", 1, None, Path("unused"))
     assert enlarged is not None and enlarged[0][0].shape == (1, 16, 16)
 

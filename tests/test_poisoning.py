@@ -76,9 +76,17 @@ def test_impossible_rates(dataset: tuple[Tensor, Tensor], rate: float) -> None:
         poison(*dataset, noise(), rate, False, 0)
 
 
+@pytest.mark.parametrize("clean_label", [True, False])
+@pytest.mark.parametrize("target", [-1, 5])
+def test_targets_are_classes(dataset: tuple[Tensor, Tensor], target: int, clean_label: bool) -> None:
+    with pytest.raises(ConfigError, match=f"target {target}: expected a class from 0 to 4"):
+        poison(*dataset, noise(target=target), 0.5, clean_label, 0)
+
+
 def test_a_class_that_nobody_has_cannot_be_poisoned(dataset: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(ConfigError, match="target 7: no training image could be poisoned"):
-        poison(*dataset, noise(target=7), 0.5, True, 0)
+    images, labels = dataset
+    with pytest.raises(ConfigError, match="target 4: no training image could be poisoned"):
+        poison(images[labels != 4], labels[labels != 4], noise(target=4), 0.5, True, 0)
 
 
 def test_only_clean_label_attacks_keep_labels() -> None:

@@ -15,10 +15,12 @@ from torch import nn
 from toy_networks import TinyNet, linear
 
 from agents.ppo import build_agent
+from baselines_rnp.recover import RecoverConfig
 from baselines_rnp.unlearn import unlearn
 from envs.pruning import PruningEnv
+from onp.attacks.fitting import FitConfig
 from onp.checks import check_network
-from onp.clues import Clues
+from onp.clues import Clues, find_clues
 from onp.config import AgentConfig, EnvConfig, RewardConfig, TriggerRecoveryConfig, UnlearnConfig
 from onp.data import DefenceData
 from onp.engine import Engine
@@ -75,8 +77,11 @@ def test_a_backdoor_may_lead_to_a_class_that_no_image_is_of(known: int) -> None:
     quick = EnvConfig(
         unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=60, batch_size=8, conclusive=0.8)
     )
-    clues = PruningEnv(net, few_classes(known), quick).objective.clues
-    assert len(clues.mask.sizes) == 4 and clues.mask.target == 3
+    for clues in (
+        find_clues(net, few_classes(known), quick, 0),
+        PruningEnv(net, few_classes(known), quick).objective.clues,
+    ):
+        assert len(clues.mask.sizes) == 4 and clues.mask.target == 3
 
 
 def test_the_environment_refuses_what_does_not_fit(data: DefenceData) -> None:
@@ -207,7 +212,12 @@ def test_an_episode_begins_at_a_mask_of_its_network_alone(env: PruningEnv) -> No
     ("make", "words"),
     [
         (lambda: AgentConfig(hidden=33), r"hidden 33: expected a multiple of heads \(2\)"),
-        (lambda: AgentConfig(heads=0), "heads 0: expected at least 1"),
+        (lambda: AgentConfig(heads=0), r"AgentConfig\.heads 0: expected at least 1"),
+        (lambda: AgentConfig(batch_size=1), r"AgentConfig\.batch_size 1: expected at least 2"),
+        (lambda: EnvConfig(cache_gib=float("nan")), r"EnvConfig\.cache_gib nan: expected at least 0"),
+        (lambda: UnlearnConfig(batch_size=0), r"UnlearnConfig\.batch_size 0: expected at least 2"),
+        (lambda: RecoverConfig(learning_rate=-1.0), r"RecoverConfig\.learning_rate -1\.0: expected at least 0"),
+        (lambda: FitConfig(epochs=0), r"FitConfig\.epochs 0: expected at least 1"),
         (lambda: RewardConfig(unlearning=float("nan")), "reward weight unlearning nan: expected a finite number"),
         (lambda: EnvConfig(bulk_fractions=(0.5, 2.0)), r"bulk_fractions \(0.5, 2.0\): expected fractions"),
     ],

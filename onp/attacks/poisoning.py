@@ -107,6 +107,8 @@ def draw_poisoning(
     """
     if not 0 < rate <= 1:
         raise ConfigError(f"poison rate {rate}: expected above 0 and up to 1")
+    if trigger.target != ALL_TO_ALL and not 0 <= trigger.target < num_classes:
+        raise ConfigError(f"target {trigger.target}: expected a class from 0 to {num_classes - 1}")
     goals = meant(labels, trigger.target, num_classes)
     poisonable = ((goals == labels) == attack.clean_label).nonzero().flatten()
     if not len(poisonable):

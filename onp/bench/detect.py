@@ -137,6 +137,8 @@ def draw_images(inputs: Inputs, data: DefenceData, trigger: Trigger, images: int
     drawn = [dataset[number] for number in order[: 2 * images]]
     labels = torch.tensor([label for _, label in drawn])
     others = (meant(labels, trigger.target, inputs.classes) != labels).nonzero().flatten()[:images]
+    if not len(others):
+        raise ConfigError(f"{inputs.config.data}: no test image drawn is of another class than the trigger's; add some")
     return replace(data, images=torch.stack([drawn[int(number)][0] for number in others]), labels=labels[others])
 
 
