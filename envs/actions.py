@@ -94,7 +94,7 @@ class ActionSet:
         groups, sums = self.index.groups, torch.zeros(2, len(effects), dtype=effects.dtype)
         for number, chosen in enumerate((mask.keep, ~mask.keep)):
             sums[number].index_add_(0, groups, effects.where(chosen, 0.0))
-        return torch.where(mask.keep, *sums[:, groups])
+        return torch.where(mask.keep, sums[0, groups], sums[1, groups])
 
     def _layer(self, bulk: Bulk) -> slice:
         layer = self.index.layers[bulk.layer]

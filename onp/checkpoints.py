@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from onp.errors import CheckpointError, FileError
+from onp.errors import CheckpointError, FileError, first_line
 
 WRAPPERS = ("state_dict", "net", "model")
 """keys under which published checkpoints keep their weights"""
@@ -73,9 +73,8 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         return _read_pytorch(path)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{path} is not a file of plain weights ({reason[0][:120]}); give one of model.state_dict(), "
+            f"{path} is not a file of plain weights ({first_line(error)[:120]}); give one of model.state_dict(), "
             "and load no pickled model where a stranger's program could do harm (SECURITY.md)"
         ) from error
 

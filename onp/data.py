@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
-from onp.errors import DataError
+from onp.errors import DataError, first_line
 from onp.images import image_size, read_image
 from onp.seeding import seeded
 
@@ -276,7 +276,7 @@ def _download(data: str, split: Split, transform: Any, root: Path) -> ImageDatas
         return datasets.FashionMNIST(str(root), train, transform, download=True)
     except Exception as error:
         raise DataError(
-            f"torchvision could not provide {data} in {root} ({(str(error) or repr(error)).splitlines()[0]}); "
+            f"torchvision could not provide {data} in {root} ({first_line(error)}); "
             "check the network, or give an image folder"
         ) from error
 

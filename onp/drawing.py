@@ -32,10 +32,9 @@ def draw_graph(
     graph: nx.DiGraph,
     file: Path | BinaryIO,
     marked: Set[int] = frozenset(),
-    feature: str = "weight_change",
     meaning: str = "pruned",
 ) -> None:
-    """Draw the graph of `onp.graph.to_networkx` as a PNG; dots are coloured by `feature`.
+    """Draw the graph of `onp.graph.to_networkx` as a PNG; dots are coloured by their weight change.
 
     Colours span the 1st to the 99th percentile. `marked` units are ringed in red and carry their number in the layer;
     `meaning` says what they are.
@@ -50,7 +49,7 @@ def draw_graph(
     _draw_edges(axes, graph, places)
     size = (5.2 * min(1.0, 64 / rows + 0.35) * min(1.0, (figure.get_figwidth() - 2) * 7 / width)) ** 2
     points = np.array([places[unit] for unit in sorted(graph)])
-    values = np.array([graph.nodes[unit][feature] for unit in sorted(graph)])
+    values = np.array([graph.nodes[unit]["weight_change"] for unit in sorted(graph)])
     low, high = np.percentile(values, [1, 99])
     dots = axes.scatter(
         points[:, 0], points[:, 1],
@@ -62,7 +61,7 @@ def draw_graph(
         label = f"{name}\n{len(units)} {kind.replace('_', ' ')}"
         axes.text(centre, -rows / 2 - 1.5, label, rotation=50, ha="right", va="top", rotation_mode="anchor", fontsize=9)
     bar = figure.colorbar(dots, ax=axes, extend="both", shrink=0.5, pad=0.01, aspect=30)
-    bar.set_label(feature.replace("_", " "))
+    bar.set_label("weight change")
     axes.set_title(_title(graph, len(layers), f"{len(marked):,} of them {meaning}"), loc="left", fontsize=12)
     axes.set_xlim(-GAP, width)
     axes.set_axis_off()

@@ -27,3 +27,8 @@ class MaskError(OnpError):
 
 class FileError(OnpError):
     """A file of ours is damaged or missing."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from onp.errors import DataError
+from onp.errors import DataError, first_line
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 """what a file may hold, whatever it is called: some of Pillow's other formats start programs (EPS)"""
@@ -60,5 +60,4 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # decoders raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} is not a readable image ({reason}); remove or replace it") from error
+        raise DataError(f"{path} is not a readable image ({first_line(error)}); remove or replace it") from error

@@ -24,7 +24,7 @@ from onp.data import (
     labels_of,
     load_dataset,
 )
-from onp.errors import ConfigError, DataError
+from onp.errors import ConfigError, DataError, first_line
 from onp.models import build_model, is_ours
 
 MOST_CLASSES, LARGEST_SIDE = 100_000, 4096
@@ -148,7 +148,7 @@ def torch_device(name: str) -> torch.device:
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use cpu") from error
+        raise ConfigError(f"device {name!r} is not available here ({first_line(error)}); use cpu") from error
 
 
 def load_model(name: str, checkpoint: str | Path, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
@@ -214,5 +214,5 @@ def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
     except Exception as error:
         raise DataError(
             f"{type(model).__name__} does not take images of shape {tuple(shape[1:])} "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}); check --model, --data and --image-size"
+            f"({first_line(error)}); check --model, --data and --image-size"
         ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -246,7 +246,8 @@ class Purified:
     mask: KeepMask
     evidence: bool
     """whether there is evidence of a backdoor: the verdict of `onp.detect`"""
-    results: Mapping[str, MethodResult]
+    result: MethodResult
+    """what ONP found, and what it took"""
 
 
 def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = None) -> Purified:
@@ -260,4 +261,4 @@ def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = No
     assert result.mask is not None
     purified = copy.deepcopy(model).eval()
     apply_mask(purified, result.mask)
-    return Purified(purified, result.mask, purification.timed_evidence[0].found, {"onp": result})
+    return Purified(purified, result.mask, purification.timed_evidence[0].found, result)

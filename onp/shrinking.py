@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onp.checkpoints import load_checkpoint, read_json, save_weights, write_json
-from onp.errors import CheckpointError, FileError, ModelError
+from onp.errors import CheckpointError, FileError, ModelError, first_line
 from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
 from onp.removable import ChannelMap, map_channels
@@ -70,9 +70,8 @@ def shrink(model: nn.Module, mask: KeepMask, inputs: Tensor) -> Shrunk:
     try:
         off = same("the smaller network", logits_of(smaller, inputs), expected)
     except Exception as error:  # whatever the forward() of a user's network raises
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
         smaller, channels, off = pruned, {}, 0.0
-        stays = dict.fromkeys(stays, f"the network cannot be made smaller: {problem}")
+        stays = dict.fromkeys(stays, f"the network cannot be made smaller: {first_line(error)}")
     removed = tuple(unit for unit, reason in stays.items() if reason is None)
     zeros = {unit: reason for unit, reason in stays.items() if reason is not None}
     return Shrunk(smaller, tuple(inputs.shape[1:]), channels, removed, zeros, off)
@@ -131,9 +130,9 @@ def load_shrunk(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         _run_without_data(smaller, input_shape)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"the sizes in {sizes} do not fit together or images of {input_shape} ({reason}); write the file again"
+            f"the sizes in {sizes} do not fit together or images of {input_shape} ({first_line(error)}); "
+            "write the file again"
         ) from error
     return smaller
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from onp.errors import ModelError
+from onp.errors import ModelError, first_line
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -38,7 +38,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
             _Shapes(graph_module).propagate(torch.zeros(2, *input_shape))
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} does not accept images of shape {input_shape}: {_first_line(error)}"
+            f"{type(model).__name__} does not accept images of shape {input_shape}: {_root_cause(error)}"
         ) from error
     for node, shape in shapes_of_three.items():
         node.meta["image_axis"] = _first_difference(shape or (), shape_of(node) or ())
@@ -54,10 +54,10 @@ def _trace_around(model: nn.Module, whole: dict[str, str]) -> fx.GraphModule:
     except Exception as error:
         if tracer.failed is None or tracer.failed in whole:
             raise ModelError(
-                f"cannot trace {type(model).__name__}: {_first_line(error)}; take what branches on values out of its "
+                f"cannot trace {type(model).__name__}: {_root_cause(error)}; take what branches on values out of its "
                 "forward(), into a submodule: that is then one piece without units"
             ) from error
-        return _trace_around(model, {**whole, tracer.failed: _first_line(error)})
+        return _trace_around(model, {**whole, tracer.failed: _root_cause(error)})
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     graph_module = fx.GraphModule(tracer.root, graph, type(model).__name__)
@@ -121,11 +121,11 @@ class _Shapes(ShapeProp):
         return result
 
 
-def _first_line(error: Exception) -> str:
+def _root_cause(error: Exception) -> str:
     """ShapeProp wraps the cause and prints it behind the user's stack: the root cause says it best."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _first_difference(one: tuple[int, ...], two: tuple[int, ...]) -> int | None:

@@ -100,7 +100,6 @@ def recover_trigger(
     data: DefenceData,
     config: TriggerRecoveryConfig,
     seed: int,
-    progress: Callable[[int], None] = lambda step: None,
 ) -> RecoveredTrigger:
     """Optimise mask and pattern of all classes side by side, and those of the smallest masks for as long again.
 
@@ -111,14 +110,14 @@ def recover_trigger(
     """
     with frozen(model):
         search = MaskSearch(model, data, config, seed, data.num_classes, towards)
-        search.optimise(torch.arange(data.num_classes), progress)
-        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values, progress)
+        search.optimise(torch.arange(data.num_classes))
+        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values)
         sizes = tuple(search.sizes.tolist())
         target, rival = search.sizes.argsort(stable=True)[:2].tolist()
         masks, patterns = [search.masks[target].clone()], [search.patterns[target].clone()]
         while len(masks) < config.variants and sizes[target] < float("inf"):
             search.restart(target, taken=torch.stack(masks).amax(0) > 0.1)
-            search.optimise(torch.tensor([target]), progress)
+            search.optimise(torch.tensor([target]))
             if not search.sizes[target] < sizes[rival]:
                 break
             masks.append(search.masks[target].clone())
@@ -133,7 +132,7 @@ def recover_patch(model: nn.Module, data: DefenceData, target: int, config: Trig
     with frozen(model):
         search = MaskSearch(model, data, config, seed, 1, partial(_to, target))
         for _ in range(2):
-            search.optimise(torch.zeros(1, dtype=torch.long), lambda step: None)
+            search.optimise(torch.zeros(1, dtype=torch.long))
     return Patch(search.masks[0], search.patterns[0])
 
 
@@ -176,7 +175,7 @@ class MaskSearch(Smallest):
             self.mask_logits[number].masked_fill_(taken, -100.0)
         self.masks[number], self.patterns[number] = 0.0, 0.0
 
-    def optimise(self, classes: Tensor, progress: Callable[[int], None]) -> None:
+    def optimise(self, classes: Tensor) -> None:
         """Shrink the masks of `classes`; the weight of a mask's size adapts to its success."""
         config, data = self.config, self.data
         classes = classes.to(data.images.device)
@@ -187,7 +186,6 @@ class MaskSearch(Smallest):
         )
         optimizer = torch.optim.Adam([mask_logits, pattern_logits], config.learning_rate, betas=(0.5, 0.9))
         for step in range(config.steps):
-            progress(step)
             chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
             masks, patterns = mask_logits.sigmoid(), pattern_logits.sigmoid()
             triggered = (1 - masks)[:, None] * data.images[chosen] + (masks * patterns)[:, None]

@@ -12,7 +12,6 @@ to the next one (Gu et al. 2017), is therefore searched for by itself, and found
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +73,6 @@ def recover_untargeted_trigger(
     data: DefenceData,
     config: TriggerRecoveryConfig,
     seed: int,
-    progress: Callable[[int], None] = lambda step: None,
 ) -> UntargetedTrigger:
     """Optimise masks and patterns from several random starts side by side, and the smallest twice for as long again.
 
@@ -95,13 +93,13 @@ def recover_untargeted_trigger(
 
     with frozen(model):
         search = MaskSearch(model, data, config, seed, config.starts, away)
-        search.optimise(torch.arange(config.starts), progress)
+        search.optimise(torch.arange(config.starts))
         finalists = search.sizes.argsort(stable=True)[: config.finalists].sort().values
         usual = MaskSearch(model, data, config, seed, 1, onwards)
         for _ in range(2):
-            search.optimise(finalists, progress)
+            search.optimise(finalists)
         for _ in range(3):
-            usual.optimise(torch.zeros(1, dtype=torch.long), progress)
+            usual.optimise(torch.zeros(1, dtype=torch.long))
     found = search if search.sizes.min() <= usual.sizes.min() else usual
     best = int(found.sizes.argmin())
     patch = Patch(found.masks[best], found.patterns[best])

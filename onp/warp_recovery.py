@@ -6,7 +6,6 @@ clean images to it is optimised, interpolated from a coarse grid as WaNet's is (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,7 +78,6 @@ def recover_warp(
     data: DefenceData,
     config: WarpRecoveryConfig,
     seed: int,
-    progress: Callable[[int], None] = lambda step: None,
 ) -> RecoveredWarp:
     """Optimise the warps of all classes side by side, and the most promising ones for as long again.
 
@@ -87,9 +85,9 @@ def recover_warp(
     """
     with frozen(model):
         search = _Search(model, data, config, seed)
-        search.optimise(torch.arange(data.num_classes), progress)
+        search.optimise(torch.arange(data.num_classes))
         promising = sorted(range(data.num_classes), key=lambda c: (float(search.sizes[c]), -float(search.success[c])))
-        search.optimise(torch.tensor(sorted(promising[: config.finalists])), progress)
+        search.optimise(torch.tensor(sorted(promising[: config.finalists])))
     target = int(search.sizes.argmin())
     found = RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
     answers = logits_of(unlearned.eval(), data.normalise(found(data.images))).argmax(1)
@@ -111,7 +109,7 @@ class _Search(Smallest):
         self.coarse = torch.randn(classes, 2, config.grid, config.grid, generator=self.generator).to(device)
         self.flows = torch.zeros(classes, 2, height, width, device=device)
 
-    def optimise(self, classes: Tensor, progress: Callable[[int], None]) -> None:
+    def optimise(self, classes: Tensor) -> None:
         """Shrink the warps of `classes`; the weight of a warp's size adapts to its success."""
         config, data = self.config, self.data
         classes = classes.to(data.images.device)
@@ -120,7 +118,6 @@ class _Search(Smallest):
         coarse = self.coarse[classes].clone().requires_grad_()
         optimizer = torch.optim.Adam([coarse], config.learning_rate)
         for step in range(config.steps):
-            progress(step)
             chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
             size = data.input_shape[1:]
             flows = self.unit * F.interpolate(coarse, size, mode="bicubic", align_corners=True)

@@ -33,7 +33,7 @@ data = DefenceData(torch.rand(12, 3, 8, 8), torch.arange(12) % 3, 3)
 env = EnvConfig(max_steps=2, unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=2))
 config = PurifyConfig(budget=24, env=env, always=True)
 purified = purify(network, data, config)
-report("result", purified.results["onp"].reward_evaluations)
+report("result", purified.result.reward_evaluations)
 report("finetuned", len(finetune(purified.model, purified.mask, data).state_dict()))
 report("results", [Purification(network, data, config).run(method).reward_evaluations for method in METHODS])
 """

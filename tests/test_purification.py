@@ -158,7 +158,7 @@ def test_purify_returns_a_pruned_copy(data: DefenceData) -> None:
         expected = model(data.inputs)
     with torch.no_grad():
         assert torch.equal(done.model(data.inputs), expected)
-    assert done.results["onp"].mask is done.mask
+    assert done.result.mask is done.mask
 
 
 def test_ranking_of_a_real_network_sorts_its_scores(data: DefenceData) -> None:

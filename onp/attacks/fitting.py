@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from onp.checkpoints import write_atomically
 from onp.config import require
-from onp.errors import CheckpointError
+from onp.errors import CheckpointError, first_line
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Fitting:
                 torch.cuda.set_rng_state_all(state["random_cuda"])
             self.epoch, self.seconds = int(state["epoch"]), float(state["seconds"])
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"cannot resume from {path} ({reason[0][:120]}); remove it") from error
+            raise CheckpointError(f"cannot resume from {path} ({first_line(error)[:120]}); remove it") from error
 
 
 def fit(
