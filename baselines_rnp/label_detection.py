@@ -108,7 +108,9 @@ def check_skill(model: nn.Module, data: DefenceData) -> None:
     """
     accuracy = clean_accuracy(model, data)
     same = float(data.labels.bincount().max()) / len(data)
-    if same == 1 or accuracy - same < LEAST_SKILL * (1 - same):
+    if same == 1:
+        raise ModelError("all clean images are of one class: there is nothing to judge; give images of two or more")
+    if accuracy - same < LEAST_SKILL * (1 - same):
         raise ModelError(
             f"the network classifies {accuracy:.0%} of the clean images as labelled, and one class alone has "
             f"{same:.0%} of them: there is nothing to judge; check --checkpoint, --mean, --std and the "

@@ -30,12 +30,12 @@ class Unlearned:
 
 
 def unlearn(model: nn.Module, data: DefenceData, config: UnlearnConfig, seed: int) -> Unlearned:
-    """Maximise the cross-entropy of a copy of `model` on clean data until its accuracy falls to chance.
+    """Maximise the cross-entropy of a copy of `model` on clean data until its accuracy falls.
 
-    SGD over all parameters in train mode, on batches with random crop and flip. The stop looks at the running
-    accuracy of the epoch (RNP's way) or of each batch (`config.stop_on`). Where it comes in fewer than
-    `config.min_steps` steps, all is done again at a third of the learning rate, five times at the most (ours: a
-    network that falls at once loses its backdoor too). Raises `ModelError` where it diverges.
+    SGD over all parameters in train mode, on batches with random crop and flip. It stops where the running accuracy of
+    the epoch (RNP's way) or of a batch (`config.stop_on`) is not above `config.stop_accuracy`. Where that comes in
+    fewer than `config.min_steps` steps, all is done again at a third of the learning rate, five times at the most
+    (ours: a network that falls at once loses its backdoor too). Raises `ModelError` where it diverges.
     """
     result = _ascend(model, data, config, seed)
     for _ in range(5):

@@ -183,7 +183,7 @@ class Objective:
 
     @torch.inference_mode(False)
     def score(self, mask: KeepMask) -> Score:
-        """The worth of `mask`; non-finite outputs count as the lowest finite number."""
+        """The worth of `mask`; a term that is not finite counts as minus a million."""
         if mask.key not in self.scores:
             self.evaluations += 1
             values = self.journal.recall(b"score" + mask.key, lambda: self._terms(mask))

@@ -29,5 +29,6 @@ def check_network(model: nn.Module, data: DefenceData) -> DefenceData:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"{type(model).__name__} gives outputs that are not finite on the defence images")
     if int(data.labels.max()) >= logits.shape[1]:
-        raise DataError(f"labels go up to {int(data.labels.max())}; the network has {logits.shape[1]} outputs")
+        last = int(data.labels.max())
+        raise DataError(f"labels go up to {last}; the network has {logits.shape[1]} outputs; leave the others out")
     return replace(data, num_classes=logits.shape[1])

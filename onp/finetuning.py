@@ -52,7 +52,8 @@ def finetune(
     """A copy of `model`, pruned by `mask` and trained on with one half of the clean images.
 
     It is taken behind the epoch with the least cross-entropy on the other half, or as it was: the trigger-free stop.
-    Pruned units stay exactly zero. Raises `ModelError` where training diverges.
+    Pruned units stay exactly zero; under RNP's rule, "gamma", their beta learns on. Raises `ModelError` where training
+    diverges.
     """
     config = config or FinetuneConfig()
     taught, held_out = data.halves(seed)

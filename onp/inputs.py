@@ -193,7 +193,8 @@ def open_inputs(config: InputConfig) -> Inputs:
     outputs = _outputs(model, (1, *train[0][0].shape))
     if classes > outputs:
         raise DataError(
-            f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs"
+            f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs; "
+            "check --model and --num-classes, or take folders out"
         )
     return Inputs(config, model.to(device).eval(), channels, outputs)
 

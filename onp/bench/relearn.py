@@ -1,8 +1,9 @@
 """Does it stay purified? Networks learn on, as with a later user, and the attack is measured on the way.
 
-The attack model: someone fine-tunes the network on a small training set of their own, and an attacker who knows the
-trigger got a few triggered images, labelled as the target, into it; none at all is the harmless case. A network that
-never had a backdoor learns the same beside the purified ones: faster than that is what pruning has left behind.
+The attack model: someone fine-tunes the network on a small training set, for which the run's defence images stand, and
+an attacker who knows the trigger got a few triggered images, labelled as the target, into it; none at all is the
+harmless case. A network that never had a backdoor learns the same beside the purified ones: faster than that is what
+pruning has left behind.
 """
 
 from __future__ import annotations
