@@ -163,7 +163,7 @@ def test_ppo_never_takes_a_fruitless_action_twice_at_a_mask(
     env, config = make_env(), AgentConfig(n_steps=16, batch_size=8, n_epochs=1)
     train_agent(build_agent(env, config, seed=0), config, 60, ignore)
     assert {count for (_, action), count in chosen.items() if action not in WORTH} == {1}
-    assert max(chosen.values()) > 3  # what gained is taken again
+    assert len({action for _, action in chosen if action not in WORTH}) > 3
 
 
 @pytest.mark.parametrize(
@@ -265,9 +265,9 @@ def test_searches_prune_whole_groups(make_env: Callable[..., PruningEnv], name: 
     SEARCHES[name](env, 40, 0, ignore)
     tried = [set(pruned(mask)) for mask, _ in env.objective.scores.values()]
     assert all(({2 * pair} <= units) == ({2 * pair + 1} <= units) for units in tried for pair in range(4))
-    if name == "ranked":  # 5, 2, 9, 0, 7, 10, 11 and who is tied to them: 1, 3, 4, 6 and 8 are pruned when they come up
+    if name == "ranked":  # by the sums of first-order scores: 11 + 6, 5 + 12, 9 + 7, 4 + 8, then 10, 3, 2 and 1
         expected, seen = [set()], set[int]()
-        for units in ((4, 5), (2, 3), (9,), (0, 1), (6, 7), (8,), (10,), (11,)):
+        for units in ((2, 3), (4, 5), (0, 1), (6, 7), (9,), (8,), (10,), (11,)):
             expected.append(seen := seen | set(units))
         assert tried == expected
     if name == "greedy":  # 11 candidates a step, those tied twice: {2, 3} gains 1, {9} 3, {11} 5, {6, 7} 0
