@@ -22,7 +22,7 @@ Channels that a residual addition (or a product, as in squeeze-and-excitation) t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -60,8 +60,8 @@ class UnitLayer:
     module: str
     """path of the module whose output (input, for `linear_input`) the units are; for heads, that of the attention, or
     where it is written out, of the linear layer that reads them"""
-    reads: Reads | None
-    """what the layer reads; None where the trace lost track of it"""
+    reads: Reads | None = field(compare=False)
+    """what the layer reads; None where the trace lost track of it. It follows from the rest, and holds tensors"""
     width: int = 1
     """entries of a gate's axis that belong to one unit, side by side: the dimension of a head, else 1"""
 

@@ -26,6 +26,7 @@ from onp.data import DefenceData
 from onp.engine import Engine
 from onp.errors import ConfigError, DataError, MaskError, ModelError
 from onp.masks import KeepMask
+from onp.models import build_model
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
 
@@ -168,6 +169,11 @@ def test_the_engine_takes_masks_of_its_own_network(data: DefenceData) -> None:
         norm = nn.BatchNorm2d(width)
         return nn.Sequential(nn.Conv2d(1, width, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
 
+    deep = build_model("small_cnn", 1, 3).eval()  # several layers read tensors of units
+    own, other = (index_units(deep, (1, 8, 8)) for _ in range(2))
+    pruned = KeepMask.all_kept(own).without([2])
+    assert KeepMask.all_kept(other).without([2]).check_fits(own) is None and own.layers == other.layers
+    assert torch.isfinite(Engine(deep, other, data.inputs).logits(pruned)).all()
     four, eight = network(4).eval(), network(8).eval()
     index = index_units(four, (1, 8, 8))
     engine = Engine(four, index, data.inputs)
