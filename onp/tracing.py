@@ -5,7 +5,9 @@ A submodule that cannot be traced, since its `forward` branches on values, becom
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -32,13 +34,14 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
     traced = copy.deepcopy(model).cpu().eval()
     graph_module = _trace_around(traced, {})
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints what it raises
             _Shapes(graph_module).propagate(torch.zeros(3, *input_shape))
             shapes_of_three = {node: shape_of(node) for node in graph_module.graph.nodes}
             _Shapes(graph_module).propagate(torch.zeros(2, *input_shape))
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} does not accept images of shape {input_shape}: {_root_cause(error)}"
+            f"{type(model).__name__} does not accept batches of 2 and 3 float images of shape {input_shape}: "
+            f"{_root_cause(error)}"
         ) from error
     for node, shape in shapes_of_three.items():
         node.meta["image_axis"] = _first_difference(shape or (), shape_of(node) or ())

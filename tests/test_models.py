@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +77,21 @@ def test_bad_widths(name: str, words: str) -> None:
 def test_our_networks_take_grey_images(name: str) -> None:
     size = 32 if name == "cifar_vgg16_bn" else None
     assert open_inputs(InputConfig(model=name, data="digits", image_size=size)).channels == 1
+
+
+def test_an_own_file_is_a_module_as_any_other(tmp_path: Path) -> None:
+    """What lies beside it can be imported; dataclasses with postponed annotations look their module up."""
+    (tmp_path / "parts_of_mine.py").write_text("from torch import nn\nhead = nn.Linear(4, 3)\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+        "from parts_of_mine import head\n"
+        "@dataclass\nclass Sizes:\n    width: int = 4\n"
+        "def make(): return nn.Sequential(nn.Flatten(), head)\n"
+        "def leave(): raise SystemExit(7)\n"
+    )
+    before = list(sys.path)
+    model = build_model(f"{tmp_path}/mine.py:make", 1, 3)
+    assert model(torch.zeros(2, 1, 2, 2)).shape == (2, 3)
+    with pytest.raises(ModelError, match="mine.py:leave failed with SystemExit: 7"):
+        build_model(f"{tmp_path}/mine.py:leave", 1, 3)
+    assert sys.path == before

@@ -335,7 +335,11 @@ class DataDependent(nn.Module):
     [
         (DataDependent(), IMAGE, "cannot trace DataDependent"),
         (nn.DataParallel(DataDependent()), IMAGE, r"DataParallel runs .* give the network itself, \.module"),
-        (build_model("small_vgg", 3, 10), (3, 28, 28), r"SmallVGG does not accept images of shape \(3, 28, 28\)"),
+        (
+            build_model("small_vgg", 3, 10),
+            (3, 28, 28),
+            r"SmallVGG does not accept batches of 2 and 3 float images of shape \(3, 28, 28\)",
+        ),
         (build_model("wide_resnet16_1", 3, 10), (1, 32, 32), "expected input.*to have 3 channels, but got 1 channels"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), IMAGE, "no prunable unit"),
     ],

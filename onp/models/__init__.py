@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -88,11 +89,15 @@ def _from_file(name: str) -> nn.Module:
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise ModelError(f"model file {path!r} is not a Python file; expected path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class up by its module
+    sys.path.insert(0, str(Path(path).resolve().parent))  # what lies beside it can be imported, as by `python FILE`
     try:
         spec.loader.exec_module(module)
         model = getattr(module, function_name)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{name} failed with {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module that gives logits")
     return model
