@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from rich.table import Table
 from torch import nn
 from torch.utils.data import Subset
@@ -88,8 +89,9 @@ class Judge:
         if dataset is None:
             return None
         images = len(labels_of(dataset))
-        if limit is not None and limit < images:  # evenly spread, since folders come class by class
-            dataset = Subset(dataset, [number * images // limit for number in range(limit)])
+        if limit is not None and limit < images:  # at random: folders come class by class, or class after class
+            order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+            dataset = Subset(dataset, order[:limit].tolist())
         target = self.trigger.target if self.trigger else None
         return measure(model, dataset, config.normalisation, self.inputs.device, self.trigger, target)
 
