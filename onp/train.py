@@ -65,7 +65,7 @@ def complete_run(
         raise ConfigError(
             f"--trigger {config.trigger} needs --checkpoint: the demonstration makes a trigger of its own"
         )
-    if (config.run_dir / "report.json").exists():
+    if all((config.run_dir / name).exists() for name in ("report.json", "purified.safetensors")):
         folder = RunFolder.create_or_resume(config.run_dir, config)
         report = read_json(folder.file("report.json"))
         if config.checkpoint is not None and sha256(config.checkpoint) != report["checkpoint_sha256"]:

@@ -296,6 +296,15 @@ def test_the_same_command_again_changes_nothing(run: Path, patient: Patient) -> 
     assert contents(run) == before
 
 
+def test_a_purified_network_that_is_gone_is_written_again(copied: Path, patient: Patient) -> None:
+    purified = copied / "purified.safetensors"
+    before = purified.read_bytes()
+    purified.unlink()
+    code, out, err = call(TrainConfig, train, patient.job(copied, *patient.trigger))
+    assert (code, err) == (0, "") and "complete" not in out
+    assert purified.read_bytes() == before
+
+
 def test_a_run_may_be_moved(run: Path, patient: Patient, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(run, tmp_path / "moved"))
     code, out, err = call(TrainConfig, train, patient.job(moved, *patient.trigger))
