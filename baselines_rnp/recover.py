@@ -49,7 +49,7 @@ def recover(unlearned: nn.Module, index: UnitIndex, data: DefenceData, config: R
     values = torch.ones(len(index), device=data.images.device, requires_grad=True)
     optimizer = torch.optim.SGD([values], config.learning_rate, momentum=config.momentum)
     generator = torch.Generator().manual_seed(seed)
-    with seeded(seed):
+    with seeded(seed), torch.enable_grad():
         for _ in range(config.epochs):
             for inputs, labels in augmented_batches(data, config.batch_size, generator):
                 logits = functional_call(model, _masked_gammas(model, index, values), inputs)

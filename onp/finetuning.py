@@ -93,7 +93,7 @@ def learn_on(
         model.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     generator, steps = torch.Generator().manual_seed(seed), 0
-    with seeded(seed):
+    with seeded(seed), torch.enable_grad():
         for epoch in range(config.epochs):
             for inputs, labels in augmented_batches(data, config.batch_size, generator, config.flip):
                 loss = F.cross_entropy(model.train(not config.frozen)(inputs), labels)

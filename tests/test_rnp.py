@@ -389,3 +389,11 @@ def test_rnp_masks_every_batch_norm_channel_of_a_published_backdoored_network(tm
     moved = [bool((values[layer.units] < 1).any()) for layer in index if layer.batch_norm is not None]
     assert all(moved) and len(moved) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert torch.equal(values[~index.batch_norm_units], torch.ones(len(index) - 464))
+
+
+def test_it_learns_where_gradients_are_off(tiny: tuple[TinyNet, UnitIndex]) -> None:
+    (network, index), data = tiny, tiny_data()
+    config = RNPConfig(UnlearnConfig(max_epochs=1), RecoverConfig(epochs=1))
+    usual = run_rnp(network, index, data, config, seed=0).values
+    with torch.no_grad():
+        assert torch.equal(run_rnp(network, index, data, config, seed=0).values, usual)
