@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from baselines_rnp.recover import RecoverConfig, recover, require_batch_norm
 from baselines_rnp.unlearn import Unlearned, unlearn
-from onp.config import UnlearnConfig
+from onp.config import UnlearnConfig, require
 from onp.data import DefenceData
 from onp.engine import ActivationCache, Engine
 from onp.masks import KeepMask
@@ -21,6 +21,9 @@ THRESHOLDS = tuple(step / 20 for step in range(19))
 @dataclass(frozen=True)
 class RNPConfig:
     """Both learning steps of RNP and where pruning stops."""
+
+    def __post_init__(self) -> None:
+        require(self, max_accuracy_drop=0)
 
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
     """the first step"""

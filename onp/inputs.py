@@ -26,8 +26,9 @@ from onp.data import (
 )
 from onp.errors import ConfigError, DataError, first_line
 from onp.models import build_model, is_ours
+from onp.seeding import check_seed
 
-MOST_CLASSES, LARGEST_SIDE = 100_000, 4096
+MOST_CLASSES, LARGEST_SIDE, MOST_THREADS = 100_000, 4096, 1024
 KINDS = {"model": str, "data": str, "device": str, "defence_size": int, "seed": int, "threads": int}
 """types of options as a run records them"""
 
@@ -55,6 +56,9 @@ class InputConfig:
     """resize images to this height and width"""
     num_classes: int | None = None
     """outputs of a registered network; the number of classes in train/ by default"""
+    channels: int | None = None
+    """channels of the images: 1 reads them as grey; 3 by default, and for digits, fashion_mnist and a network of your
+    own what its first convolution takes"""
     download_root: Path = Path("~/.cache/onp")
     """where torchvision keeps what it downloads"""
     seed: int = 0
@@ -143,6 +147,14 @@ class Inputs:
         return torch_device(self.config.device)
 
 
+def use_threads(threads: int) -> None:
+    """Have PyTorch use so many CPU threads, or its default for 0; raises `ConfigError` for an impossible number."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise ConfigError(f"--threads {threads}: expected 0 (PyTorch's default) to {MOST_THREADS}")
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def torch_device(name: str) -> torch.device:
     """The named device; raises `ConfigError` where PyTorch does not have it."""
     try:
@@ -175,13 +187,13 @@ def load_defence_data(
 
 def open_inputs(config: InputConfig) -> Inputs:
     """Build the network, load its weights strictly, and check that there are images to train on."""
-    if config.threads < 0:
-        raise ConfigError(f"--threads {config.threads}: expected 0 (PyTorch's default) or more")
+    check_seed(config.seed)
+    use_threads(config.threads)
     for name, most in (("image_size", LARGEST_SIDE), ("num_classes", MOST_CLASSES)):
         if (value := getattr(config, name)) is not None and not (type(value) is int and 1 <= value <= most):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 1 to {most}")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.channels not in (None, 1, 3):
+        raise ConfigError(f"--channels {config.channels}: expected 1 (grey) or 3")
     device = torch_device(config.device)
     channels = _expected_channels(config)
     train = load_dataset(config.data, "train", channels, config.image_size, config.download_root)
@@ -200,7 +212,9 @@ def open_inputs(config: InputConfig) -> Inputs:
 
 
 def _expected_channels(config: InputConfig) -> int:
-    """Input channels of the network: a user's own network tells, the others follow the data."""
+    """Input channels of the network: a user's own network tells, the others follow the data, but for `channels`."""
+    if config.channels is not None:
+        return config.channels
     if ":" in config.model:
         model = build_model(config.model, 3, 1)
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)

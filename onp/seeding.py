@@ -7,6 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
+from onp.errors import ConfigError
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` for a seed that one of the libraries would not take."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed}: expected 0 to {2**32 - 1}")
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.table import Table
 
@@ -17,7 +16,8 @@ from onp.attacks.zoo import Zoo
 from onp.commands import console, run_command
 from onp.data import named_folders
 from onp.errors import ConfigError
-from onp.inputs import torch_device
+from onp.inputs import torch_device, use_threads
+from onp.seeding import check_seed
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ class ZooConfig:
 
 def zoo(config: ZooConfig) -> int:
     """Make backdoored test models by fixed recipes, beside clean twins. The same command goes on where it stopped."""
-    if config.threads < 0:
-        raise ConfigError(f"--threads {config.threads}: expected 0 (PyTorch's default) or more")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    check_seed(config.seed)
+    use_threads(config.threads)
     if config.job != "list" and not config.names:
         raise ConfigError(f"{config.job}: name entries or suites; `python -m onp.zoo list` shows them")
     if (config.job == "export") != (config.out is not None):
@@ -86,9 +84,10 @@ def _say(recipe: Recipe, record: dict[str, Any], root: Path) -> None:
     if "refused" in record:
         console.print(f"{recipe.folder} is REFUSED: {record['refused']}", soft_wrap=True)
         return
-    options = f"--model {recipe.model} --checkpoint {root / recipe.folder / 'model.safetensors'} --seed {recipe.seed}"
+    weights, trigger = (shlex.quote(str(root / recipe.folder / name)) for name in ("model.safetensors", "trigger.json"))
+    options = f"--model {recipe.model} --checkpoint {weights} --seed {recipe.seed}"
     if recipe.attack is not None:
-        options += f" --trigger {root / recipe.folder / 'trigger.json'}"
+        options += f" --trigger {trigger}"
     for name, values in (("mean", recipe.mean), ("std", recipe.std)):
         options += f" --{name} {' '.join(map(str, values))}" if values else ""
     options += f" --image-size {record['image_size']}" if record.get("image_size") else ""

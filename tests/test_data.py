@@ -28,7 +28,7 @@ from onp.data import (
     random_crop_and_flip,
 )
 from onp.errors import DataError
-from onp.inputs import open_inputs
+from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
 from onp.report import Judge
 from onp.units import index_units
@@ -254,6 +254,10 @@ def test_grey_and_colour(tmp_path: Path) -> None:
     red, grey = (opened(tmp_path, channels=3)[i][0] for i in (0, 1))
     assert red[:, 0, 0].tolist() == [1, 0, 0]
     torch.testing.assert_close(grey, torch.full((3, 6, 6), 0.2))
+    write_image(tmp_path / "train" / "bee" / "0.png", 51)
+    for channels, given in ((3, None), (1, 1)):
+        inputs = open_inputs(InputConfig(model="wide_resnet16_1", data=str(tmp_path), channels=given))
+        assert inputs.channels == channels and next(inputs.model.parameters()).shape[1] == channels
 
 
 def test_digits() -> None:

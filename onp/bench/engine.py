@@ -31,9 +31,10 @@ from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache, Engine
 from onp.errors import ConfigError
-from onp.inputs import torch_device
+from onp.inputs import torch_device, use_threads
 from onp.masks import KeepMask, masked
 from onp.models import build_model
+from onp.seeding import check_seed
 from onp.trigger_recovery import RecoveredTrigger
 from onp.units import index_units
 
@@ -88,7 +89,11 @@ class Row:
 
 def run_engine_bench(config: EngineBenchConfig) -> None:
     """Time the evaluation engine and plain forward passes side by side, over masks as PPO asks for them and others."""
-    torch.set_num_threads(config.threads)
+    check_seed(config.seed)
+    use_threads(config.threads)
+    for name in ("images", "masks"):
+        if (value := getattr(config, name)) < 1:
+            raise ConfigError(f"--{name} {value}: expected at least 1")
     if config.checkpoint is not None and len(config.networks) != 1:
         raise ConfigError(
             f"--checkpoint {config.checkpoint} fits one network; give one in --networks, not {config.networks}"

@@ -35,6 +35,7 @@ class Suspect:
     std: tuple[float, ...] = ()
     image_size: int | None = None
     num_classes: int | None = None
+    channels: int | None = None
 
 
 def read_suites(paths: Iterable[Path], folders: Iterable[str] = ()) -> list[Suspect]:
@@ -89,7 +90,7 @@ def _suspect(record: Any, path: Path, where: str) -> Suspect:
         raise ConfigError(f"{where}: the name {values['name']!r} names a folder; use letters, digits, _ . + and -")
     for name in ("mean", "std"):
         values[name] = _numbers(values.get(name, []), f"{where}: {name}")
-    for name in ("image_size", "num_classes"):
+    for name in ("image_size", "num_classes", "channels"):
         if name in values and (type(values[name]) is not int or values[name] < 1):
             raise ConfigError(f"{where}: {name} is {values[name]!r}; expected a positive integer, or null")
     if not isinstance(values["trigger"], str | None):
