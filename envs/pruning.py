@@ -141,9 +141,11 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Keep every unit again, or those of the `KeepMask` in `options={"keep_mask": mask}`.
 
-        Raises `MaskError` where that is none of this network's, or of another rule than "zero".
+        Raises `MaskError` where that is none of this network's, or of another rule than "zero", and for other options.
         """
         super().reset(seed=seed)
+        if unknown := set(options or {}) - {"keep_mask"}:
+            raise MaskError(f"options {sorted(unknown)}: expected 'keep_mask' alone")
         mask = (options or {}).get("keep_mask", self.objective.all_kept)
         if not isinstance(mask, KeepMask):
             raise MaskError(f"options['keep_mask'] is a {type(mask).__name__}; a KeepMask is expected")

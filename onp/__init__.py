@@ -9,10 +9,14 @@ torch.save(purified.model.state_dict(), "purified.pth")
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import envs as envs  # registers onp/NeuronPruning-v0
+
+# PyTorch Geometric compiles a few functions by a deprecated way; nothing that a user could act on.
+warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
 
 if TYPE_CHECKING:
     from onp.data import DefenceData as DefenceData

@@ -26,7 +26,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
+def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     """Load weights into `model`, which has to have just these keys and shapes.
 
     Reads safetensors, or PyTorch files with `weights_only=True` and no other way. Weights may lie under
@@ -35,6 +35,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     is not finite. What it costs in memory is bounded by the file and the network, whatever the file declares
     (PyTorch's format of before 1.6 may reserve more, which is never touched).
     """
+    path = Path(path)
     weights = _unwrap(_read(path), path)
     expected = model.state_dict()
     optional = {key for key in expected if key.endswith("num_batches_tracked")}

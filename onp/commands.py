@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,9 +18,7 @@ from onp.errors import OnpError
 from onp.units import UnitIndex
 
 Config = TypeVar("Config")
-console = Console()
-# PyTorch Geometric compiles a few functions by a deprecated way; nothing that a user could act on.
-warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+console = Console(markup=False, emoji=False)  # names of files and classes are no markup
 
 
 def keep_freed_memory() -> None:

@@ -146,10 +146,10 @@ class KeepMask:
         return cls(index, keep, rule, tuple(names[name] for name in order if name in names))
 
     @classmethod
-    def load(cls, index: UnitIndex, path: Path) -> KeepMask:
+    def load(cls, index: UnitIndex, path: Path | str) -> KeepMask:
         """Read `masks/METHOD.json` of a run; raises `MaskError` where it cannot be read or does not fit the network."""
         try:
-            record = read_json(path)
+            record = read_json(Path(path))
         except FileError as error:
             raise MaskError(f"{error}, or give masks/METHOD.json of a run") from error
         return cls.from_json(index, record)

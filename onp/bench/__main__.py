@@ -28,7 +28,7 @@ def main() -> None:
     if name not in BENCHES:
         print(f"error: benchmark {name!r}: expected one of {', '.join(BENCHES)}, then its options", file=sys.stderr)
         sys.exit(2)
-    module = import_module(f"onp.bench.{name}")  # behind the warning filter of onp.commands
+    module = import_module(f"onp.bench.{name}")
     options, run = (getattr(module, member) for member in BENCHES[name])
     run_command(options, run, f"onp.bench {name}")
 

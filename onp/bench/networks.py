@@ -110,7 +110,8 @@ def run_networks(config: NetworksConfig) -> None:
             rows.append(_row(name, config))
         if config.json is not None:
             write_json(config.json, [asdict(row) for row in rows])
-    Console(width=max(console.width, WIDTH)).print(_table(rows))  # a file or a pipe has 80 columns otherwise
+    wide = max(console.width, WIDTH)  # a file or a pipe has 80 columns otherwise
+    Console(width=wide, markup=False, emoji=False).print(_table(rows))
     for row in rows:
         if error := row.error or row.onnx_error:
             console.print(f"{row.network}: {error}", soft_wrap=True, highlight=False)
