@@ -1,13 +1,14 @@
 """Backdoor label detection: which class a network can be sent to far more easily than to any other, if any.
 
 RNP (arXiv 2305.14876, section 4) reads the class off the unlearned copy, which collapses to it. Alone that is no
-evidence, since the unlearned copy of a clean network collapses to a class too; so triggers of two families, masks
-with patterns and warps, are recovered for every class, and a mask that sends every class to one of its own, as an
-all-to-all attack does. The confidence is calibrated on networks of known truth.
+evidence, since the unlearned copy of a clean network collapses to a class too; so triggers of three families, masks
+with patterns, warps and waves, are recovered for every class, and a mask that sends every class to one of its own, as
+an all-to-all attack does. The confidence is calibrated on networks of known truth.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,8 +42,8 @@ class Evidence(Clues):
 
     @property
     def masks_alone(self) -> bool:
-        """Whether masks were conclusive, and neither warps nor triggers without a target were looked for."""
-        return self.warp is None and self.untargeted is None
+        """Whether masks were conclusive, and triggers of no other family were looked for."""
+        return set(self.triggers) == {"mask"}
 
     @property
     def strength(self) -> float:
@@ -78,7 +79,7 @@ def find_evidence(
     Where masks are conclusive, as most patches are, nothing else is looked for. `progress` is called with what comes
     next. Raises `ModelError` where unlearning diverges, and as `check_network` and `check_skill`.
     """
-    model = model.eval().to(memory_format=fastest_layout(model))
+    model = copy.deepcopy(model).eval().to(memory_format=fastest_layout(model))
     data = check_network(model, data)
     check_skill(model, data)
     return weigh(model, data, find_clues(model, data, config, seed, progress=progress))
@@ -91,6 +92,7 @@ def weigh(model: nn.Module, data: DefenceData, clues: Clues) -> Evidence:
         clues.mask,
         clues.untargeted,
         clues.warp,
+        clues.wave,
         collapse=collapse(clues.unlearned, data),
         clean_accuracy=clean_accuracy(model, data),
     )

@@ -127,7 +127,7 @@ class Objective:
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
-        trigger, self.trust = clues.trigger, clues.trust
+        trigger, self.trust = clues.guide, clues.trust
         goals = trigger.goals(data.labels)
         others = goals != data.labels
         chosen = others if bool(others.any()) else ~others

@@ -20,10 +20,11 @@ from onp.journal import Journal
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp
+from onp.wave_recovery import RecoveredWave, recover_wave
 
-Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp
+Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp | RecoveredWave
 """a trigger recovered from clean images"""
-Family = Literal["mask", "warp", "all-to-all"]
+Family = Literal["mask", "warp", "wave", "all-to-all"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +39,14 @@ class Clues:
     """the one that makes images leave their class, whichever it is"""
     warp: RecoveredWarp | None = None
     """the smallest warp that leads to a class"""
+    wave: RecoveredWave | None = None
+    """the smallest wave that leads to a class, in the unlearned copy too"""
 
     @property
     def triggers(self) -> dict[Family, Recovered]:
         """By family, the smallest trigger; those alone that were looked for."""
-        found: dict[Family, Recovered | None] = {"mask": self.mask, "warp": self.warp, "all-to-all": self.untargeted}
+        found: dict[Family, Recovered | None] = {"mask": self.mask, "warp": self.warp, "wave": self.wave}
+        found["all-to-all"] = self.untargeted
         return {family: trigger for family, trigger in found.items() if trigger is not None}
 
     @property
@@ -54,6 +58,8 @@ class Clues:
         leads: dict[Family, float] = {"mask": mask_lead(self.mask)}
         if self.warp is not None:
             leads["warp"] = lead(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits)
+        if self.wave is not None:
+            leads["wave"] = lead(min(self.wave.sizes), runner_up(self.wave.sizes), *self.wave.limits)
         if self.untargeted is not None:
             leads["all-to-all"] = lead(self.untargeted.size, min(self.mask.sizes), *limits(self.mask))
         return leads
@@ -71,7 +77,7 @@ class Clues:
         like, and seldom goes there, unless it is the very class that it collapses to. The untargeted mask counts as far
         as it sends every class to one of its own.
         """
-        credits: dict[Family, float] = {"mask": 1.0}
+        credits: dict[Family, float] = {"mask": 1.0, "wave": 1.0}
         if self.warp is not None:
             credits["warp"] = self.warp.agreement
         if self.untargeted is not None:
@@ -85,7 +91,7 @@ class Clues:
 
     @property
     def family(self) -> Family:
-        """The family that speaks loudest: verdict and reward go by its trigger."""
+        """The family that speaks loudest: the verdict goes by its trigger."""
         strengths = self.strengths
         return max(strengths, key=lambda family: strengths[family])
 
@@ -95,8 +101,21 @@ class Clues:
         return self.triggers[self.family]
 
     @property
+    def guide(self) -> Recovered:
+        """What the reward goes by: that trigger, but for a wave the mask or the warp that leads to its class too.
+
+        They show more of what carries the backdoor than a few frequencies do.
+        """
+        trigger = self.trigger
+        if isinstance(trigger, RecoveredWave):
+            for other in (self.mask, self.warp):
+                if other is not None and other.target == trigger.target and min(other.sizes) < math.inf:
+                    return other
+        return trigger
+
+    @property
     def trust(self) -> float:
-        """How far the reward trusts it: not where the rival is as small, in full from twice the size on.
+        """How far the reward trusts its guide: not where the rival is as small, in full from twice the size on.
 
         And no further than it counts.
         """
@@ -113,8 +132,8 @@ def find_clues(
 ) -> Clues:
     """Make from clean data what verdict and reward go by: the unlearned copy and the recovered triggers.
 
-    Where the masks of classes are conclusive, neither a warp nor a mask without a target is looked for: it could not be
-    trusted more. `progress` is called with what comes next. Raises what `onp.checks.check_network` does.
+    Where the masks of classes are conclusive, nothing else is looked for: it could not be trusted more. `progress` is
+    called with what comes next. Raises what `onp.checks.check_network` does.
     """
     data, journal = check_network(model, data), journal or Journal()
     progress("unlearning a copy")
@@ -132,6 +151,12 @@ def find_clues(
     untargeted = journal.recall("untargeted", lambda: recover_untargeted_trigger(model, data, recovery, seed).tensors())
     progress("recovering warps")
     warp = journal.recall("warp", lambda: recover_warp(model, unlearned, data, config.warp, seed).tensors())
+    progress("recovering waves")
+    wave = journal.recall("wave", lambda: recover_wave(model, unlearned, data, config.wave, seed).tensors())
     return Clues(
-        unlearned, trigger, UntargetedTrigger.of_tensors(untargeted, device), RecoveredWarp.of_tensors(warp, device)
+        unlearned,
+        trigger,
+        UntargetedTrigger.of_tensors(untargeted, device),
+        RecoveredWarp.of_tensors(warp, device),
+        RecoveredWave.of_tensors(wave, device),
     )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, Literal
 
 from onp.errors import ConfigError
 
 
 def require(config: Any, **least: float) -> None:
-    """Raise `ConfigError` for the first setting of `config` that is below its least value."""
+    """Raise `ConfigError` for the first setting of `config` that is below its least value, or no finite number."""
     for name, bound in least.items():
-        if not (value := getattr(config, name)) >= bound:
+        if not bound <= (value := getattr(config, name)) < inf:
             raise ConfigError(f"{type(config).__name__}.{name} {value}: expected at least {bound}")
 
 
@@ -67,8 +67,8 @@ class TriggerRecoveryConfig:
     size_weight: float = 1e-3
     """first weight of a mask's size; raised by half whenever success passes 98 %, lowered below 95 %"""
     conclusive: float = 0.95
-    """probability of a backdoor by the masks of classes alone, from which triggers without a target and warps are not
-    looked for; above 1 they always are"""
+    """probability of a backdoor by the masks of classes alone, from which triggers of other families are not looked
+    for; above 1 they always are"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,29 @@ class WarpRecoveryConfig:
     """images per class and step"""
     size_weight: float = 0.02
     """first weight of a warp's size; raised by half whenever success passes 90 %, lowered below 80 %"""
+
+
+@dataclass(frozen=True)
+class WaveRecoveryConfig:
+    """Recovery of a wave, a pattern of few frequencies, from clean images."""
+
+    def __post_init__(self) -> None:
+        require(self, steps=1, classes=2, finalists=1, batch_size=1, learning_rate=0, first_amplitude=0, size_weight=0)
+
+    steps: int = 100
+    """Adam steps for all classes side by side, and again for the finalists"""
+    classes: int = 10
+    """classes that a wave is looked for: those that the unlearned copy answers most"""
+    finalists: int = 3
+    """classes with the smallest waves that are optimised for longer"""
+    learning_rate: float = 0.05
+    """step size of Adam"""
+    batch_size: int = 16
+    """images per class and step"""
+    first_amplitude: float = 0.6
+    """amplitude of every frequency at first"""
+    size_weight: float = 0.01
+    """first weight of a wave's size; raised by half whenever success passes 98 %, lowered below 95 %"""
 
 
 @dataclass(frozen=True)
@@ -124,6 +147,8 @@ class DetectionConfig:
     """how a mask and a pattern are recovered for every class"""
     warp: WarpRecoveryConfig = field(default_factory=WarpRecoveryConfig)
     """how a warp is recovered for every class"""
+    wave: WaveRecoveryConfig = field(default_factory=WaveRecoveryConfig)
+    """how a wave is recovered"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +180,12 @@ class AgentConfig:
     """The GNN policy and PPO."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.restart_fraction <= 1:
-            raise ConfigError(f"restart_fraction {self.restart_fraction}: expected a fraction from 0 to 1")
+        for name in ("restart_fraction", "gamma", "gae_lambda", "clip_range"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"{name} {value}: expected a fraction from 0 to 1")
         require(self, elites=1, patience=1, steps_per_evaluation=1, heads=1, hidden=1, layers=0)
-        require(self, learning_rate=0, n_envs=1, n_steps=2, batch_size=2, n_epochs=1)  # PPO asks for two steps or more
+        require(self, n_steps=2, batch_size=2)  # PPO asks for two steps or more
+        require(self, learning_rate=0, ent_coef=0, n_envs=1, n_epochs=1)
         if self.hidden % self.heads:
             raise ConfigError(f"hidden {self.hidden}: expected a multiple of heads ({self.heads})")
 

@@ -19,7 +19,7 @@ from onp.errors import ConfigError
 from onp.images import picture_of
 from onp.inputs import InputConfig, open_inputs
 from onp.samples import load_samples
-from onp.verdict import by_suspicion, headline, label, make_record
+from onp.verdict import FAMILIES, UNITS, by_suspicion, headline, label, make_record
 
 EVIDENCE = 3
 """exit code where there is evidence of a backdoor"""
@@ -101,15 +101,15 @@ def show(record: dict[str, Any]) -> None:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("class", no_wrap=True)
-    looked_for = ("mask",) if record["masks_alone"] else ("mask", "warp")
-    for name in (*(f"{name}, pixels" for name in looked_for), "collapse"):
+    looked_for = FAMILIES[:1] if record["masks_alone"] else FAMILIES
+    for name in (*(f"{name}, {UNITS[name]}" for name in looked_for), "collapse"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in by_suspicion(record)[:SHOWN]:
         sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in looked_for)
         table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
     if record["masks_alone"]:
-        console.print("The masks say enough: neither warps nor masks without a target were looked for.")
+        console.print("The masks say enough: nothing else was looked for.")
     size = record["untargeted_mask"]
     if size is not None:
         console.print(
@@ -117,9 +117,12 @@ def show(record: dict[str, Any]) -> None:
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for source, found in record["recovered"].items():
+        told = (
+            f"{found['pixels']:.2f} pixels, fools the network on {found['success']:.0%} of the clean images at twice "
+            "its strength"
+        )
         console.print(
-            f"Mask recovered through {SOURCES[source]}: {found['pixels']:.2f} pixels, fools the network "
-            f"on {found['success']:.0%} of the clean images at twice its strength",
+            f"Mask recovered through {SOURCES[source]}: {told if found['pixels'] else 'none that works'}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for sample in (record["samples"] or [])[:SHOWN]:

@@ -36,6 +36,7 @@ from onp.graph import EDGE_FEATURES, FEATURES
 from onp.journal import Journal, Values
 from onp.layout import fastest_layout
 from onp.masks import KeepMask, apply_mask
+from onp.seeding import check_seed
 from onp.units import UnitIndex, index_units
 
 METHODS = ("rnp", "random", "ranked", "greedy", "onp")
@@ -50,6 +51,7 @@ class PurifyConfig:
     """Settings of the job; the same for every network."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         least = 3 * self.env.max_steps + 2 * self.agent.n_envs  # the last episode, and some to learn from
         if self.budget < least:
             raise ConfigError(
@@ -95,7 +97,7 @@ class MethodResult:
     """where weights were learned on behind pruning (`onp.stages`), the network; else the mask says all"""
 
 
-CLUES = 4
+CLUES = 5
 """parts that clues and evidence are made of"""
 
 

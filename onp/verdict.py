@@ -18,13 +18,19 @@ from onp.suspicious_units import suspicious_units
 from onp.trigger_recovery import Patch
 from onp.units import index_units
 
+UNITS = {"mask": "pixels", "warp": "pixels", "wave": "norm"}
+"""what sizes are given in, by the families of triggers with a target"""
+FAMILIES = tuple(UNITS)
+
 
 def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
     """What the evidence says: verdict, target (None: none, or no single one), confidence, scores per class."""
     named = getattr(inputs.dataset("train"), "classes", None) or []
     names = [*named, *range(len(named), inputs.classes)]
     suspect = evidence.suspect
-    warps = evidence.warp.sizes if evidence.warp is not None else (inf,) * inputs.classes
+    warps, waves = (
+        found.sizes if found is not None else (inf,) * inputs.classes for found in (evidence.warp, evidence.wave)
+    )
     return {
         "verdict": "evidence" if evidence.found else "none",
         "target": suspect if evidence.found else None,
@@ -39,9 +45,16 @@ def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
         "strength": evidence.strength,
         "clean_accuracy": evidence.clean_accuracy,
         "classes": [
-            {"class": number, "name": str(name), "mask": finite(mask), "warp": finite(warp), "collapse": collapse}
-            for number, (name, mask, warp, collapse) in enumerate(
-                zip(names, evidence.mask.sizes, warps, evidence.collapse, strict=True)
+            {
+                "class": number,
+                "name": str(name),
+                "mask": finite(mask),
+                "warp": finite(warp),
+                "wave": finite(wave),
+                "collapse": collapse,
+            }
+            for number, (name, mask, warp, wave, collapse) in enumerate(
+                zip(names, evidence.mask.sizes, warps, waves, evidence.collapse, strict=True)
             )
         ],
     }
@@ -57,7 +70,7 @@ def make_record(
         **make_verdict(inputs, evidence),
         "recovered": {
             source: {
-                "pixels": float(patch.mask.sum()),
+                "pixels": float(patch.mask.sum()) or None,
                 "success": success(inputs.model, data, patch, evidence.suspect),
             }
             for source, patch in patches.items()
@@ -105,7 +118,7 @@ def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samp
 
 def by_suspicion(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Classes, that with the smallest trigger of the telling kind first; masks, where no class is the target."""
-    kind = "warp" if record["kind"] == "warp" else "mask"
+    kind = record["kind"] if record["kind"] in FAMILIES else "mask"
     return sorted(record["classes"], key=lambda row: (row[kind] is None, row[kind]))
 
 

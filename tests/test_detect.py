@@ -131,7 +131,7 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
     assert not undocumented("verdict.json", record)
     assert record["masks_alone"] and "The masks say enough" in out and "Mask without a target" not in out
     assert all(row["warp"] is None for row in record["classes"]) and record["untargeted_mask"] is None
-    assert "mask, pixels" in out and "warp, pixels" not in out
+    assert "mask, pixels" in out and "warp" not in out and "wave" not in out
     assert set(record["outliers"]) == {"mask"} and record["spread"] is None
     sizes = [row["mask"] for row in record["classes"]]
     assert sizes[2] < 1 < min(sizes[:2]), "one pixel is enough"
@@ -159,12 +159,17 @@ def test_a_backdoor_is_evidence_towards_its_class_by_its_samples(folder: Path) -
 def test_a_clean_network_is_no_evidence(folder: Path) -> None:
     record_file, page_file = folder / "out" / "clean.json", folder / "out" / "clean.html"
     code, out = run(folder, "--json", f"{record_file}", "--html", f"{page_file}", checkpoint="clean")
-    assert code == 0 and "No evidence of a backdoor" in out and "warp, pixels" in out
+    assert code == 0 and "No evidence of a backdoor" in out and "warp, pixels" in out and "wave, norm" in out
     record = json.loads(record_file.read_text())
     assert (record["verdict"], record["target"], record["samples"]) == ("none", None, None)
     assert record["confidence"] < 0.5 and record["suspicious_units"] == []
     text = Page(page_file.read_text()).text
-    assert "No evidence of a backdoor" in text and "smallest warp, pixels" in text and "agreement" in text
+    assert (
+        "No evidence of a backdoor" in text
+        and "smallest warp, pixels" in text
+        and "smallest wave, norm" in text
+        and "agreement" in text
+    )
     assert 0 <= record["agreement"] <= 1
 
 

@@ -16,7 +16,7 @@ from baselines_rnp.patch_recovery import recover_patches, success
 from onp.attacks.triggers import Trigger
 from onp.bench.patches import cosine, overlap
 from onp.clues import Clues
-from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig
+from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
 from onp.suspicious_units import suspicious_units
@@ -24,6 +24,7 @@ from onp.trigger_recovery import MaskSearch, Patch, RecoveredTrigger
 from onp.units import index_units
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp, warp
+from onp.wave_recovery import RecoveredWave
 
 # --- warps ----------------------------------------------------------------------------------------------------
 
@@ -112,11 +113,13 @@ def evidence(
     shares: tuple[float, ...],
     everyone: UntargetedTrigger | None = None,
     agreement: float = 1.0,
+    waves: tuple[float, ...] = (9.0, 9.0, 9.0),
 ) -> Evidence:
     mask = RecoveredTrigger(masks.index(min(masks)), torch.ones(1, 1, 8, 8), torch.ones(1, 3, 8, 8), masks)
     warp = RecoveredWarp(warps.index(min(warps)), torch.zeros(2, 8, 8), warps, agreement)
     everyone = everyone or untargeted(math.inf, torch.zeros(3, 3))
-    return Evidence(nn.Identity(), mask, everyone, warp, collapse=shares, clean_accuracy=1.0)
+    wave = RecoveredWave(waves.index(min(waves)), torch.zeros(3, 8, 8), waves)
+    return Evidence(nn.Identity(), mask, everyone, warp, wave, collapse=shares, clean_accuracy=1.0)
 
 
 def test_a_lead_is_how_many_times_the_size_the_rival_is() -> None:
@@ -139,6 +142,10 @@ def test_the_kind_that_speaks_louder_names_the_suspect() -> None:
     assert alone.family == "mask" and alone.strength == pytest.approx(math.log(40 / 36)), "no copy goes there"
     far = evidence((40.0, 36.0, 40.0), (2.0, 9.0, 1.5), (0.1, 0.1, 0.8))
     assert far.outliers["warp"] == 0, "more than an eighth of the height is no hidden warp"
+    by_wave = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.2), (0.1, 0.5, 0.4), agreement=0.1, waves=(2.0, 1.0, math.inf))
+    assert (by_wave.family, by_wave.suspect, by_wave.strength) == ("wave", 1, pytest.approx(math.log(2)))
+    strong = evidence((40.0, 36.0, 40.0), (0.8, 0.8, 0.8), (0.1, 0.5, 0.4), waves=(9.0, 3.0, 9.0))
+    assert strong.outliers["wave"] == 0, "a fifth of the range is 2.8 in 192 numbers: more is no hidden wave"
 
 
 def masks(*sizes: float) -> RecoveredTrigger:
@@ -173,7 +180,7 @@ def test_nothing_else_is_looked_for_where_masks_are_conclusive(monkeypatch: pyte
     data = DefenceData(images, network(images).argmax(1).detach(), 3)
     monkeypatch.setattr("baselines_rnp.label_detection.check_skill", lambda *_: None)
     monkeypatch.setattr("onp.clues.recover_trigger", lambda *_: masks(40.0, 4.0, 30.0))
-    for name in ("recover_untargeted_trigger", "recover_warp"):
+    for name in ("recover_untargeted_trigger", "recover_warp", "recover_wave"):
         monkeypatch.setattr(f"onp.clues.{name}", never)
     config, stages = DetectionConfig(), list[str]()
     assert find_evidence(network, data, config, 0, stages.append).masks_alone
@@ -237,8 +244,14 @@ def test_an_all_to_all_backdoor_is_found_and_a_clean_network_has_none(step: int)
     triggered[..., 7, 7] = 1
     assert network(data.images).argmax(1).equal(data.labels)
     assert network(triggered).argmax(1).equal((data.labels + step) % 3), "as built"
-    config = DetectionConfig(recovery=TriggerRecoveryConfig(variants=1, starts=2), warp=WarpRecoveryConfig(steps=5))
+    config = DetectionConfig(
+        recovery=TriggerRecoveryConfig(variants=1, starts=2),
+        warp=WarpRecoveryConfig(steps=5),
+        wave=WaveRecoveryConfig(steps=5),
+    )
+    network.train()
     found = find_evidence(network, data, config, seed=0)
+    assert network.training, "left as it was"
     hidden = step != 0
     assert found.found == hidden and (found.family == "all-to-all") == hidden
     if hidden:

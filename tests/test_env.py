@@ -22,7 +22,7 @@ import envs  # noqa: F401 (registers the environment)
 from envs.pruning import PruningEnv
 from envs.rewards import TERMS, Objective
 from onp.clues import Clues, find_clues
-from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
+from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.masks import KeepMask
 
@@ -43,6 +43,7 @@ def quick_config() -> EnvConfig:
         unlearn=UnlearnConfig(max_epochs=2),
         recovery=TriggerRecoveryConfig(steps=6, batch_size=4),
         warp=WarpRecoveryConfig(steps=2),
+        wave=WaveRecoveryConfig(steps=2),
     )
 
 

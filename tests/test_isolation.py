@@ -122,7 +122,7 @@ def test_defending_never_imports_the_attacks(folder: Path) -> None:
 
 
 def test_detecting_never_imports_the_attacks(folder: Path) -> None:
-    small = ("recovery.steps", "warp.steps", "unlearn.max-epochs")
+    small = ("recovery.steps", "warp.steps", "wave.steps", "unlearn.max-epochs")
     options = {
         "--model": "network.py:tiny", "--checkpoint": "weights.safetensors", "--data": "images", "--defence-size": "9",
         "--samples": "images/test", "--html": "page.html", **{f"--detection.{name}": "2" for name in small},
@@ -130,7 +130,7 @@ def test_detecting_never_imports_the_attacks(folder: Path) -> None:
     arguments = [part for option in options.items() for part in option]
     code, modules = loaded_by(folder, COMMAND.format(module="onp.detect", arguments=arguments))["code"]
     assert code in (0, 3) and (folder / "page.html").is_file()
-    assert {"onp.warp_recovery", "onp.detect_page"} <= modules
+    assert {"onp.warp_recovery", "onp.wave_recovery", "onp.detect_page"} <= modules
     assert attacks(modules) == set()
     assert not modules & {"onp.judge", "onp.report"}
 

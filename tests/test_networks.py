@@ -18,7 +18,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from envs.pruning import PruningEnv
 from onp.bench.networks import randomise
-from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
+from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.engine import Engine
 from onp.masks import KeepMask, apply_mask, masked
@@ -121,6 +121,7 @@ def test_the_environment_prunes_them(name: str) -> None:
         unlearn=UnlearnConfig(max_epochs=1),
         recovery=TriggerRecoveryConfig(steps=2),
         warp=WarpRecoveryConfig(steps=2),
+        wave=WaveRecoveryConfig(steps=2),
     )
     env = PruningEnv(model, data, short)
     observation, _ = env.reset()

@@ -24,6 +24,7 @@ from onp.trigger_recovery import RecoveredTrigger
 from onp.units import UnitIndex, index_units
 from onp.untargeted_recovery import UntargetedTrigger
 from onp.warp_recovery import RecoveredWarp
+from onp.wave_recovery import RecoveredWave
 
 
 @pytest.fixture
@@ -321,4 +322,14 @@ def test_the_reward_goes_by_the_trigger_that_the_verdict_goes_by() -> None:
         clues = Clues(nn.Identity(), mask, everyone, warp)
         assert clues.family == leading and clues.trust == pytest.approx(trust)
         assert clues.trigger is {"mask": mask, "all-to-all": everyone, "warp": warp}[leading]
+        wave = RecoveredWave(2, torch.zeros(1, 8, 8), (1.5, 1.5, 0.1))
+        loud = Clues(nn.Identity(), mask, everyone, warp, wave)
+        assert (loud.family, loud.trigger, loud.trust) == ("wave", wave, 1), "fifteen times"
+        assert loud.guide is wave and clues.guide is clues.trigger
+        same = Clues(nn.Identity(), mask, everyone, warp, RecoveredWave(0, wave.pattern, (0.1, 1.5, 1.5)))
+        assert (same.family, same.guide, same.trust) == ("wave", mask, 1), "the mask leads to the wave's class"
+        bent = Clues(nn.Identity(), mask, everyone, warp, RecoveredWave(1, wave.pattern, (1.5, 0.1, 1.5)))
+        assert (bent.family, bent.guide, bent.trust) == ("wave", warp, 1), "the warp does"
+        none = Clues(nn.Identity(), replace(mask, sizes=(math.inf,) * 3), None, None, same.wave)
+        assert none.guide is none.trigger is same.wave, "no mask works"
         assert leading != "warp" or clues.trigger.goals(torch.tensor([0, 1, 2])).tolist() == [1, 1, 1]

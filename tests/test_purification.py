@@ -21,7 +21,15 @@ from baselines_rnp.rnp import RNPConfig
 from envs.pruning import PruningEnv
 from envs.rewards import Objective
 from onp.clues import Clues
-from onp.config import AgentConfig, DetectionConfig, EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig
+from onp.config import (
+    AgentConfig,
+    DetectionConfig,
+    EnvConfig,
+    TriggerRecoveryConfig,
+    UnlearnConfig,
+    WarpRecoveryConfig,
+    WaveRecoveryConfig,
+)
 from onp.data import DefenceData
 from onp.errors import ConfigError, ModelError
 from onp.masks import masked
@@ -215,13 +223,20 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
 
 def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, tmp_path: Path) -> None:
     """With more variants of the trigger for the reward, from the same computations; asked again, from the journal."""
-    env = replace(QUICK.env, recovery=TriggerRecoveryConfig(steps=20), warp=WarpRecoveryConfig(steps=5))
+    env = replace(
+        QUICK.env,
+        recovery=TriggerRecoveryConfig(steps=20),
+        warp=WarpRecoveryConfig(steps=5),
+        wave=WaveRecoveryConfig(steps=5),
+    )
     config = replace(QUICK, env=env, always=True)
     skilled = network()
     with torch.no_grad():
         skilled[-1].bias -= skilled(data.inputs).mean(0)  # every class is somebody's
     known = DefenceData(data.images, skilled(data.inputs).argmax(1), data.num_classes)
-    detection = DetectionConfig(unlearn=env.unlearn, recovery=replace(env.recovery, variants=1), warp=env.warp)
+    detection = DetectionConfig(
+        unlearn=env.unlearn, recovery=replace(env.recovery, variants=1), warp=env.warp, wave=env.wave
+    )
     announced = list[str]()
     alone = find_evidence(skilled, known, detection, config.seed, announced.append)
     for journal in (None, tmp_path, tmp_path):
@@ -230,7 +245,7 @@ def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, t
         evidence, seconds = purification.timed_evidence
         assert clues == announced and len(clues) == CLUES
         assert seconds > 0 and math.isfinite(min(evidence.mask.sizes))
-        for name in ("mask", "warp"):
+        for name in ("mask", "warp", "wave"):
             assert getattr(evidence, name).sizes == getattr(alone, name).sizes
         assert evidence.untargeted is not None and alone.untargeted is not None and evidence.warp is not None
         assert evidence.untargeted.size == alone.untargeted.size and evidence.collapse == alone.collapse
@@ -246,11 +261,11 @@ def test_where_masks_are_conclusive_neither_reward_nor_verdict_has_more(
 ) -> None:
     masks = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (2.0, 20.0, 30.0))
     monkeypatch.setattr("onp.clues.recover_trigger", lambda *_: masks)
-    for name in ("onp.clues.recover_untargeted_trigger", "onp.clues.recover_warp"):
+    for name in ("onp.clues.recover_untargeted_trigger", "onp.clues.recover_warp", "onp.clues.recover_wave"):
         monkeypatch.setattr(name, None)
     purification = Purification(network(), data, QUICK)
     clues, _ = purification.timed_clues
-    assert clues.untargeted is None and clues.warp is None and (clues.trigger, clues.trust) == (clues.mask, 1)
+    assert set(clues.triggers) == {"mask"} and (clues.trigger, clues.trust) == (clues.mask, 1)
     assert purification.timed_evidence[0].masks_alone and purification.timed_evidence[0].suspect == 0
 
 

@@ -300,7 +300,8 @@ def test_an_unknown_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def terms(folder: Path, *extra: str) -> tuple[int, str, str]:
-    small = "--env.max-steps 2 --env.recovery.steps 2 --env.warp.steps 2 --env.unlearn.max-epochs 1 --threads 1"
+    small = "--env.max-steps 2 --env.unlearn.max-epochs 1 --threads 1"
+    small += "".join(f" --env.{family}.steps 2" for family in ("recovery", "warp", "wave"))
     stdout, stderr = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["onp.bench", "terms", "--defence-size", "9", *small.split(), *extra])

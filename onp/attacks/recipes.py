@@ -62,7 +62,7 @@ SUITES = {
         "gtsrb-cifar_vgg16_bn-w16-trojan",
         "gtsrb-cifar_vgg16_bn-w16-l2",
         "gtsrb-cifar_vgg16_bn-w16-wanet",
-        "cifar10-cifar_resnet18-w16-sig",
+        "cifar10-wide_resnet16_1-sig",
         "cifar10-small_vgg-l0",
     ),
     "judged": (

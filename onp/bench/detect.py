@@ -110,6 +110,7 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
         "strengths": evidence.strengths,
         "mask_sizes": [finite(size) for size in evidence.mask.sizes],
         "warp_sizes": [finite(size) for size in evidence.warp.sizes] if evidence.warp is not None else None,
+        "wave_sizes": [finite(size) for size in evidence.wave.sizes] if evidence.wave is not None else None,
         "agreement": evidence.warp.agreement if evidence.warp is not None else None,
         "untargeted_size": finite(evidence.untargeted.size) if evidence.untargeted is not None else None,
         "spread": evidence.untargeted.spread if evidence.untargeted is not None else None,

@@ -1,0 +1,125 @@
+"""Recover the wave that a network may hide, from clean images.
+
+A trigger may be spread over the whole image and be simple in its frequencies alone, as a sinusoid is (SIG, Barni et al.
+2019). No mask is a part of it, and patterns that are weaker lead to other classes in clean networks too; but the
+unlearned copy answers the backdoor's most. So for every class the pattern of the fewest and weakest frequencies is
+optimised that leads both the network and its unlearned copy there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onp.config import WaveRecoveryConfig
+from onp.data import DefenceData
+from onp.freezing import frozen
+from onp.logits import logits_of
+from onp.smallest import Smallest
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveredWave:
+    """The smallest wave that works, and the evidence against every class."""
+
+    target: int
+    """class with the smallest wave"""
+    pattern: Tensor
+    """(channels, height, width), in units of images in [0, 1]; 0 where no wave worked"""
+    sizes: tuple[float, ...]
+    """per class, the norms of the frequencies of its smallest wave, summed; infinite where none worked or was sought"""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Add it to images of shape (n, channels, height, width) in [0, 1], doubled as a `Patch` is."""
+        return (images + 2 * self.pattern).clamp(0, 1)
+
+    def goals(self, labels: Tensor) -> Tensor:
+        """The classes that it leads images of classes `labels` to, (n,)."""
+        return torch.full_like(labels, self.target)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest size that a wave counts as: of a hundredth and a fifth of the pixels' range.
+
+        In the root mean square, of one frequency. What is weaker is no wave, what is stronger no hidden one.
+        """
+        norm = self.pattern.numel() ** 0.5
+        return 0.01 * norm, 0.2 * norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors on the CPU, for keeping."""
+        return {"pattern": self.pattern.cpu(), "sizes": torch.tensor(self.sizes, dtype=torch.float64)}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> RecoveredWave:
+        """The inverse of `tensors`."""
+        sizes = tensors["sizes"]
+        return cls(int(sizes.argmin()), tensors["pattern"].to(device), tuple(sizes.tolist()))
+
+
+def recover_wave(
+    model: nn.Module, unlearned: nn.Module, data: DefenceData, config: WaveRecoveryConfig, seed: int
+) -> RecoveredWave:
+    """Optimise the waves of several classes side by side, and the most promising ones for as long again.
+
+    Of many classes those that the `unlearned` copy of `model` answers most: a target is hardly ever far down.
+    """
+    answers = logits_of(unlearned.eval(), data.inputs).argmax(1).bincount(minlength=data.num_classes)
+    most = answers[: data.num_classes].argsort(descending=True, stable=True)[: config.classes]
+    with frozen(model), frozen(unlearned):
+        search = _Search((model, unlearned), data, config, seed)
+        search.optimise(most.sort().values.cpu())
+        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values.cpu())
+    target = int(search.sizes.argmin())
+    return RecoveredWave(target, search.patterns[target], tuple(search.sizes.tolist()))
+
+
+class _Search(Smallest):
+    """Smallest working waves so far, and where their optimisation stands, class by class."""
+
+    def __init__(
+        self, networks: tuple[nn.Module, ...], data: DefenceData, config: WaveRecoveryConfig, seed: int
+    ) -> None:
+        super().__init__(data.num_classes, config.size_weight, enough=0.95, ample=0.98, device=data.images.device)
+        self.networks, self.data, self.config = networks, data, config
+        self.generator = torch.Generator().manual_seed(seed)
+        (channels, height, width), classes, device = data.input_shape, data.num_classes, data.images.device
+        columns = width // 2 + 1
+        # Adam leaves no frequency at 0, but a product of two numbers that shrink: real and imaginary parts of every
+        # channel, and what they have in common.
+        self.common = torch.full((classes, 1, height, columns, 1), config.first_amplitude**0.5, device=device)
+        parts = torch.randn(classes, channels, height, columns, 2, generator=self.generator).to(device)
+        self.parts = (config.first_amplitude / (2 * channels)) ** 0.5 * parts
+        mirrored = torch.ones(columns, device=device)
+        mirrored[1 : (width + 1) // 2] = 2  # of a real image's spectrum half is kept
+        self.weight_of_column = mirrored.sqrt()
+        self.patterns = torch.zeros(classes, channels, height, width, device=device)
+
+    def optimise(self, classes: Tensor) -> None:
+        """Shrink the waves of `classes`; the weight of a wave's size adapts to its success."""
+        config, data = self.config, self.data
+        classes = classes.to(data.images.device)
+        batch = min(config.batch_size, len(data))
+        targets = classes.repeat_interleave(batch)
+        common, parts = (values[classes].clone().requires_grad_() for values in (self.common, self.parts))
+        optimizer = torch.optim.Adam([common, parts], config.learning_rate, betas=(0.5, 0.9))
+        for step in range(config.steps):
+            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
+            spectrum = common * parts
+            patterns = torch.fft.irfft2(torch.view_as_complex(spectrum), s=data.input_shape[1:], norm="ortho")
+            triggered = (data.images[chosen] + patterns[:, None]).clamp(0, 1)
+            inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+            answers = [network(inputs) for network in self.networks]
+            losses = torch.stack([F.cross_entropy(logits, targets, reduction="none") for logits in answers]).sum(0)
+            amplitudes = spectrum.square().sum((1, 4)).add(1e-12).sqrt()
+            sizes = (amplitudes * self.weight_of_column).sum((1, 2))
+            optimizer.zero_grad()
+            (losses.view(len(classes), batch).mean(1) + self.weights[classes] * sizes).sum().backward()
+            optimizer.step()
+            led = torch.stack([logits.argmax(1) == targets for logits in answers]).all(0)
+            better = self.record(classes, sizes.detach(), led.float().view(len(classes), batch).mean(1), step)
+            self.patterns[classes[better]] = patterns.detach()[better]
+        self.common[classes], self.parts[classes] = common.detach(), parts.detach()
