@@ -25,6 +25,8 @@ from onp.wave_recovery import RecoveredWave, recover_wave
 Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp | RecoveredWave
 """a trigger recovered from clean images"""
 Family = Literal["mask", "warp", "wave", "all-to-all"]
+TELLING = 0.25
+"""trust from which a mask or a warp tells of the class of the loudest wave"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,24 +104,26 @@ class Clues:
 
     @property
     def guide(self) -> Recovered:
-        """What the reward goes by: that trigger, but for a wave the mask or the warp that leads to its class too.
+        """What the reward goes by: that trigger, but for a wave the mask or the warp that tells of the same class.
 
         They show more of what carries the backdoor than a few frequencies do.
         """
         trigger = self.trigger
         if isinstance(trigger, RecoveredWave):
-            for other in (self.mask, self.warp):
-                if other is not None and other.target == trigger.target and min(other.sizes) < math.inf:
-                    return other
+            if self.mask.target == trigger.target and self._trust("mask") >= TELLING:
+                return self.mask
+            if self.warp is not None and self.warp.target == trigger.target and self._trust("warp") >= TELLING:
+                return self.warp
         return trigger
 
     @property
     def trust(self) -> float:
-        """How far the reward trusts its guide: not where the rival is as small, in full from twice the size on.
+        """How far the reward trusts its guide."""
+        return self._trust(self.family)
 
-        And no further than it counts.
-        """
-        return min(self.leads[self.family] - 1, 1.0) * self.credits[self.family]
+    def _trust(self, family: Family) -> float:
+        """Not where the rival is as small, in full from twice the size on, and no further than the family counts."""
+        return min(self.leads[family] - 1, 1.0) * self.credits[family]
 
 
 def find_clues(

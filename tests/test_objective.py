@@ -322,14 +322,18 @@ def test_the_reward_goes_by_the_trigger_that_the_verdict_goes_by() -> None:
         clues = Clues(nn.Identity(), mask, everyone, warp)
         assert clues.family == leading and clues.trust == pytest.approx(trust)
         assert clues.trigger is {"mask": mask, "all-to-all": everyone, "warp": warp}[leading]
-        wave = RecoveredWave(2, torch.zeros(1, 8, 8), (1.5, 1.5, 0.1))
-        loud = Clues(nn.Identity(), mask, everyone, warp, wave)
-        assert (loud.family, loud.trigger, loud.trust) == ("wave", wave, 1), "fifteen times"
-        assert loud.guide is wave and clues.guide is clues.trigger
-        same = Clues(nn.Identity(), mask, everyone, warp, RecoveredWave(0, wave.pattern, (0.1, 1.5, 1.5)))
-        assert (same.family, same.guide, same.trust) == ("wave", mask, 1), "the mask leads to the wave's class"
-        bent = Clues(nn.Identity(), mask, everyone, warp, RecoveredWave(1, wave.pattern, (1.5, 0.1, 1.5)))
-        assert (bent.family, bent.guide, bent.trust) == ("wave", warp, 1), "the warp does"
-        none = Clues(nn.Identity(), replace(mask, sizes=(math.inf,) * 3), None, None, same.wave)
-        assert none.guide is none.trigger is same.wave, "no mask works"
         assert leading != "warp" or clues.trigger.goals(torch.tensor([0, 1, 2])).tolist() == [1, 1, 1]
+
+
+def test_a_wave_guides_the_reward_where_nothing_else_tells_of_its_class() -> None:
+    mask = RecoveredTrigger(0, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), (6.0, 9.0, 30.0))
+    warp = RecoveredWarp(1, torch.zeros(2, 8, 8), (0.9, 0.3, 0.9), agreement=0.8)
+    pattern = torch.zeros(1, 8, 8)
+    for sizes, guide in (((0.1, 1.5, 1.5), mask), ((1.5, 0.1, 1.5), warp), ((1.5, 1.5, 0.1), None)):
+        wave = RecoveredWave(sizes.index(0.1), pattern, sizes)
+        clues = Clues(nn.Identity(), mask, None, warp, wave)
+        assert (clues.family, clues.trigger, clues.trust) == ("wave", wave, 1), "fifteen times"
+        assert clues.guide is (guide or wave)
+        blurred = Clues(nn.Identity(), replace(mask, sizes=(8.0, 9.0, 9.0)), None, replace(warp, agreement=0.2), wave)
+        assert blurred.guide is wave, "neither stands out enough to tell of a class"
+    assert Clues(nn.Identity(), mask, None, warp).guide is warp
