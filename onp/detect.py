@@ -117,14 +117,11 @@ def show(record: dict[str, Any]) -> None:
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     for source, found in record["recovered"].items():
-        told = (
-            f"{found['pixels']:.2f} pixels, fools the network on {found['success']:.0%} of the clean images at twice "
-            "its strength"
-        )
-        console.print(
-            f"Mask recovered through {SOURCES[source]}: {told if found['pixels'] else 'none that works'}",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+        told = "none that works"
+        if found["pixels"] is not None:
+            told = f"{found['pixels']:.2f} pixels, fools the network on {found['success']:.0%} of the clean images"
+            told += " at twice its strength"
+        console.print(f"Mask recovered through {SOURCES[source]}: {told}", soft_wrap=True, highlight=False)
     for sample in (record["samples"] or [])[:SHOWN]:
         console.print(
             f"  {sample['score']:.3f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",

@@ -411,5 +411,6 @@ def test_a_finished_run_is_of_its_checkpoint_alone(tmp_path: Path) -> None:
     config = TrainConfig(checkpoint=tmp_path / "w.pth", data=str(tmp_path), run_dir=tmp_path / "run").resolved()
     folder = RunFolder.create_or_resume(tmp_path / "run", config)
     folder.file("report.json").write_text(json.dumps({"checkpoint_sha256": "0" * 64}))
+    folder.file("purified.safetensors").touch()
     with pytest.raises(ConfigError, match="w.pth is not the file that"):
         complete_run(config, Console(quiet=True))
