@@ -7,16 +7,15 @@ clean images, sends them to the suspect class is optimised, and another for a cl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
-from onp.smallest import Smallest
+from onp.smallest import SmallestSearch
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,33 +38,27 @@ def recover_faint(
     Nor is a pattern faint that changes pixels by more than a twentieth of their range, in the root mean square.
     """
     with frozen(model):
-        pattern, size = _shrink(model, data, target, config, seed)
-        _, most = _shrink(model, data, rival, config, seed)
+        searches = [_Search(model, data, config, seed, goal) for goal in (target, rival)]
+        for search in searches:
+            search.optimise(torch.zeros(1, dtype=torch.long))
+    pattern, (size, most) = searches[0].patterns[0], (float(search.sizes) for search in searches)
     return FaintPattern(pattern) if 2 * size <= min(most, 0.1 * pattern.numel() ** 0.5) else None
 
 
-def _shrink(
-    model: nn.Module, data: DefenceData, goal: int, config: TriggerRecoveryConfig, seed: int
-) -> tuple[Tensor, float]:
-    """The weakest pattern that leads to class `goal`, and its norm: infinite where none does.
+class _Search(SmallestSearch):
+    """The weakest pattern so far that leads to class `goal`, and its norm."""
 
-    Pixels, unlike the logits of masks, are what Adam steps on: so its steps are smaller.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    images, batch = data.images, min(config.batch_size, len(data))
-    pattern = (0.01 * torch.randn(data.input_shape, generator=generator)).to(images.device).requires_grad_()
-    best, goals = torch.zeros_like(images[0]), torch.full((batch,), goal, device=images.device)
-    search, only = Smallest(1, weight=0.1, enough=0.95, ample=0.98, device=images.device), goals.new_zeros(1)
-    optimizer = torch.optim.Adam([pattern], 0.01, betas=(0.5, 0.9))
-    for step in range(config.steps):
-        chosen = torch.randint(len(data), (batch,), generator=generator).to(images.device)
-        triggered = (images[chosen] + pattern).clamp(0, 1)
-        logits = model(data.normalise(triggered).contiguous(memory_format=torch.channels_last))
-        size = pattern.norm()
-        optimizer.zero_grad()
-        (F.cross_entropy(logits, goals) + search.weights[0] * size).backward()
-        hits = (logits.argmax(1) == goals).float().mean()
-        if search.record(only, size.detach()[None], hits[None], step):
-            best = pattern.detach().clone()
-        optimizer.step()
-    return best, float(search.sizes)
+    def __init__(
+        self, model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int, goal: int
+    ) -> None:
+        # Pixels, unlike the logits of masks, are what Adam steps on: so its steps are smaller.
+        config = replace(config, learning_rate=0.01, size_weight=0.1)
+        super().__init__((model,), data, config, seed, torch.tensor([goal]))
+        first = 0.01 * torch.randn(data.input_shape, generator=self.generator)
+        self.variables = (first[None].to(data.images.device),)
+        self.patterns = torch.zeros_like(data.images[:1])
+        self.found = (self.patterns,)
+
+    def trigger(self, images: Tensor, *variables: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        (patterns,) = variables
+        return (images + patterns[:, None]).clamp(0, 1), patterns.flatten(1).norm(dim=1), (patterns,)

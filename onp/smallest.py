@@ -1,33 +1,93 @@
-"""How recovered triggers become small: the rule of Neural Cleanse (Wang et al. 2019, section 4).
+"""How recovered triggers become small: the search of Neural Cleanse (Wang et al. 2019, section 4).
 
-A trigger's size is a term of the loss that it is optimised by. The weight of the term rises while the trigger works
-more surely than it needs to, and falls while it does not work.
+Triggers are optimised side by side on clean images. A trigger's size is a term of its loss, whose weight rises while
+the trigger works more surely than it needs to, and falls while it does not work.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from onp.config import TriggerRecoveryConfig, WarpRecoveryConfig, WaveRecoveryConfig
+from onp.data import DefenceData
 
 
-class Smallest:
-    """Of `count` searches side by side, the sizes of the smallest triggers so far that worked.
+class SmallestSearch(ABC):
+    """Of searches side by side, one for each of `targets`, the smallest triggers so far that worked.
 
     A trigger works where it leads at least the fraction `enough` of the images astray. A weight rises by half where it
-    leads more than `ample` of them, and falls by a third where fewer than `enough`.
+    leads more than `ample` of them, and falls by a third where fewer than `enough`. A subclass says what triggers are
+    made of.
     """
 
-    def __init__(self, count: int, weight: float, enough: float, ample: float, device: torch.device) -> None:
-        self.first_weight, self.enough, self.ample = weight, enough, ample
-        self.weights, self.success, self.sizes = torch.empty(3, count, device=device)
-        for number in range(count):
+    enough, ample = 0.95, 0.98
+    betas = (0.5, 0.9)
+    """of Adam"""
+    variables: tuple[Tensor, ...]
+    """what Adam steps on, (searches, ...) each"""
+    found: tuple[Tensor, ...]
+    """what the smallest triggers are made of, (searches, ...) each"""
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        data: DefenceData,
+        config: TriggerRecoveryConfig | WarpRecoveryConfig | WaveRecoveryConfig,
+        seed: int,
+        targets: Tensor,
+    ) -> None:
+        self.networks, self.data, self.config = networks, data, config
+        self.generator = torch.Generator().manual_seed(seed)
+        self.targets = targets.to(data.images.device)
+        self.weights, self.success, self.sizes = torch.empty(3, len(targets), device=data.images.device)
+        for number in range(len(targets)):
             self.forget(number)
+
+    @abstractmethod
+    def trigger(self, images: Tensor, *variables: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Triggered `images`, (n, batch, channels, height, width), sizes, (n,), and what the triggers are made of."""
+
+    def aim(self, inputs: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and success, (n,) each, of `inputs`: the images `numbers` with a trigger. Every network has to agree."""
+        answers = [towards(network(inputs), targets) for network in self.networks]
+        losses, hits = (torch.stack(values) for values in zip(*answers, strict=True))
+        return losses.sum(0), hits.all(0)
 
     def forget(self, number: int) -> None:
         """Begin search `number` anew."""
-        self.weights[number], self.success[number], self.sizes[number] = self.first_weight, 0.0, float("inf")
+        self.weights[number], self.success[number], self.sizes[number] = self.config.size_weight, 0.0, float("inf")
 
-    def record(self, searches: Tensor, sizes: Tensor, hits: Tensor, step: int) -> Tensor:
+    def optimise(self, searches: Tensor) -> None:
+        """Shrink the triggers of `searches`, (n,)."""
+        config, data = self.config, self.data
+        searches = searches.to(data.images.device)
+        batch = min(config.batch_size, len(data))
+        targets = self.targets[searches].repeat_interleave(batch)
+        variables = [values[searches].clone().requires_grad_() for values in self.variables]
+        optimizer = torch.optim.Adam(variables, config.learning_rate, betas=self.betas)
+        for step in range(config.steps):
+            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(searches.device)
+            triggered, sizes, made = self.trigger(data.images[chosen], *variables)
+            inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+            losses, hits = (
+                values.float().view(len(searches), batch).mean(1)
+                for values in self.aim(inputs, targets, chosen.repeat(len(searches)))
+            )
+            optimizer.zero_grad()
+            (losses + self.weights[searches] * sizes).sum().backward()
+            better = self._record(searches, sizes.detach(), hits, step)
+            for smallest, values in zip(self.found, made, strict=True):
+                smallest[searches[better]] = values.detach()[better]
+            optimizer.step()
+        for kept, values in zip(self.variables, variables, strict=True):
+            kept[searches] = values.detach()
+
+    def _record(self, searches: Tensor, sizes: Tensor, hits: Tensor, step: int) -> Tensor:
         """Take in a step of `searches`: sizes, and the fractions of a batch that were led astray; (n,) each.
 
         Returns whose triggers are the smallest so far that worked, (n,) bool. Weights adapt every five steps.
@@ -40,3 +100,8 @@ class Smallest:
             lowered = torch.where(success < self.enough, weights / 1.5, weights)
             self.weights[searches] = torch.where(success > self.ample, weights * 1.5, lowered)
         return better
+
+
+def towards(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and success, (n,) each, where class `targets` is searched for."""
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets

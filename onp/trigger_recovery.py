@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.pattern_recovery import FaintPattern, recover_faint
-from onp.smallest import Smallest
+from onp.smallest import SmallestSearch, towards
 
-Aim = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Goal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """loss and success, (n,) each, of logits (n, classes), given what is searched for and the images' numbers, (n,) each"""
 
 
@@ -109,7 +107,7 @@ def recover_trigger(
     runner-up's, it is a variant too. Neither is looked for where `config.variants` is 1.
     """
     with frozen(model):
-        search = MaskSearch(model, data, config, seed, data.num_classes, towards)
+        search = MaskSearch(model, data, config, seed, torch.arange(data.num_classes))
         search.optimise(torch.arange(data.num_classes))
         search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values)
         sizes = tuple(search.sizes.tolist())
@@ -130,38 +128,36 @@ def recover_trigger(
 def recover_patch(model: nn.Module, data: DefenceData, target: int, config: TriggerRecoveryConfig, seed: int) -> Patch:
     """Optimise mask and pattern of one class alone, for as long as a finalist's; a mask of 0 where none worked."""
     with frozen(model):
-        search = MaskSearch(model, data, config, seed, 1, partial(_to, target))
+        search = MaskSearch(model, data, config, seed, torch.tensor([target]))
         for _ in range(2):
             search.optimise(torch.zeros(1, dtype=torch.long))
     return Patch(search.masks[0], search.patterns[0])
 
 
-def _to(target: int, logits: Tensor, searches: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """To one class, whatever the search."""
-    return towards(logits, torch.full_like(searches, target), numbers)
+def towards_target(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """To the class that is searched for, whichever the images."""
+    return towards(logits, targets)
 
 
-def towards(logits: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """To the class that is searched for."""
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(1) == targets
-
-
-class MaskSearch(Smallest):
-    """Smallest working masks so far, and where their optimisation stands; of `count` searches, one a class as a rule.
-
-    `aim` says what a mask works for.
-    """
+class MaskSearch(SmallestSearch):
+    """Smallest working masks so far, and where their optimisation stands. `goal` says what a mask works for."""
 
     def __init__(
-        self, model: nn.Module, data: DefenceData, config: TriggerRecoveryConfig, seed: int, count: int, aim: Aim
+        self,
+        model: nn.Module,
+        data: DefenceData,
+        config: TriggerRecoveryConfig,
+        seed: int,
+        targets: Tensor,
+        goal: Goal = towards_target,
     ) -> None:
-        super().__init__(count, config.size_weight, enough=0.95, ample=0.98, device=data.images.device)
-        self.model, self.data, self.config, self.aim = model, data, config, aim
-        self.generator = torch.Generator().manual_seed(seed)
-        (channels, height, width), device = data.input_shape, data.images.device
+        super().__init__((model,), data, config, seed, targets)
+        self.goal = goal
+        (channels, height, width), count, device = data.input_shape, len(targets), data.images.device
         self.mask_logits = torch.zeros(count, 1, height, width, device=device)
         self.pattern_logits = torch.zeros(count, channels, height, width, device=device)
         self.masks, self.patterns = self.mask_logits.sigmoid(), self.pattern_logits.sigmoid()
+        self.variables, self.found = (self.mask_logits, self.pattern_logits), (self.masks, self.patterns)
         for number in range(count):
             self.restart(number)
 
@@ -169,37 +165,16 @@ class MaskSearch(Smallest):
         """Forget what is known of search `number`; from now on it keeps off the pixels `taken`, (1, height, width)."""
         self.forget(number)
         # Half of every pixel is covered at first: shrinking keeps scattered pixels that growing would not find.
-        for logits in (self.mask_logits, self.pattern_logits):
+        for logits in self.variables:
             logits[number] = 0.1 * torch.randn(logits[number].shape, generator=self.generator).to(logits.device)
         if taken is not None:
             self.mask_logits[number].masked_fill_(taken, -100.0)
         self.masks[number], self.patterns[number] = 0.0, 0.0
 
-    def optimise(self, classes: Tensor) -> None:
-        """Shrink the masks of `classes`; the weight of a mask's size adapts to its success."""
-        config, data = self.config, self.data
-        classes = classes.to(data.images.device)
-        batch = min(config.batch_size, len(data))
-        targets = classes.repeat_interleave(batch)
-        mask_logits, pattern_logits = (
-            logits[classes].clone().requires_grad_() for logits in (self.mask_logits, self.pattern_logits)
-        )
-        optimizer = torch.optim.Adam([mask_logits, pattern_logits], config.learning_rate, betas=(0.5, 0.9))
-        for step in range(config.steps):
-            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
-            masks, patterns = mask_logits.sigmoid(), pattern_logits.sigmoid()
-            triggered = (1 - masks)[:, None] * data.images[chosen] + (masks * patterns)[:, None]
-            inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
-            logits = self.model(inputs)
-            losses, hits = (
-                values.float().view(len(classes), batch).mean(1)
-                for values in self.aim(logits, targets, chosen.repeat(len(classes)))
-            )
-            sizes = masks.sum((1, 2, 3))
-            optimizer.zero_grad()
-            (losses + self.weights[classes] * sizes).sum().backward()
-            optimizer.step()
-            better = self.record(classes, sizes.detach(), hits, step)
-            self.masks[classes[better]] = masks.detach()[better]
-            self.patterns[classes[better]] = patterns.detach()[better]
-        self.mask_logits[classes], self.pattern_logits[classes] = mask_logits.detach(), pattern_logits.detach()
+    def trigger(self, images: Tensor, *variables: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        masks, patterns = (logits.sigmoid() for logits in variables)
+        triggered = (1 - masks)[:, None] * images + (masks * patterns)[:, None]
+        return triggered, masks.sum((1, 2, 3)), (masks, patterns)
+
+    def aim(self, inputs: Tensor, targets: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return self.goal(self.networks[0](inputs), targets, numbers)

@@ -21,7 +21,8 @@ from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.trigger_recovery import MaskSearch, Patch, towards
+from onp.smallest import towards
+from onp.trigger_recovery import MaskSearch, Patch
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +90,14 @@ def recover_untargeted_trigger(
 
     def onwards(logits: Tensor, _: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Towards the class behind the given one."""
-        return towards(logits, (given[numbers] + 1) % classes, numbers)
+        return towards(logits, (given[numbers] + 1) % classes)
 
     with frozen(model):
-        search = MaskSearch(model, data, config, seed, config.starts, away)
+        anywhere = torch.zeros(config.starts, dtype=torch.long)
+        search = MaskSearch(model, data, config, seed, anywhere, away)
         search.optimise(torch.arange(config.starts))
         finalists = search.sizes.argsort(stable=True)[: config.finalists].sort().values
-        usual = MaskSearch(model, data, config, seed, 1, onwards)
+        usual = MaskSearch(model, data, config, seed, anywhere[:1], onwards)
         for _ in range(2):
             search.optimise(finalists)
         for _ in range(3):

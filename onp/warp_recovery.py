@@ -16,7 +16,7 @@ from onp.config import WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.smallest import Smallest
+from onp.smallest import SmallestSearch
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,38 +97,24 @@ def recover_warp(
     return replace(found, agreement=float((answers[others] == target).float().mean()))
 
 
-class _Search(Smallest):
+class _Search(SmallestSearch):
     """Smallest working warps so far, and where their optimisation stands, class by class."""
 
+    enough, ample = 0.8, 0.9
+    betas = (0.9, 0.999)
+
     def __init__(self, model: nn.Module, data: DefenceData, config: WarpRecoveryConfig, seed: int) -> None:
-        super().__init__(data.num_classes, config.size_weight, enough=0.8, ample=0.9, device=data.images.device)
-        self.model, self.data, self.config = model, data, config
-        self.generator = torch.Generator().manual_seed(seed)
         classes, (_, height, width), device = data.num_classes, data.input_shape, data.images.device
         self.unit = height / 32
-        self.coarse = torch.randn(classes, 2, config.grid, config.grid, generator=self.generator).to(device)
+        config = replace(config, size_weight=config.size_weight / self.unit)
+        super().__init__((model,), data, config, seed, torch.arange(classes))
+        self.variables = (torch.randn(classes, 2, config.grid, config.grid, generator=self.generator).to(device),)
         self.flows = torch.zeros(classes, 2, height, width, device=device)
+        self.found = (self.flows,)
 
-    def optimise(self, classes: Tensor) -> None:
-        """Shrink the warps of `classes`; the weight of a warp's size adapts to its success."""
-        config, data = self.config, self.data
-        classes = classes.to(data.images.device)
-        batch = min(config.batch_size, len(data))
-        targets = classes.repeat_interleave(batch)
-        coarse = self.coarse[classes].clone().requires_grad_()
-        optimizer = torch.optim.Adam([coarse], config.learning_rate)
-        for step in range(config.steps):
-            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
-            size = data.input_shape[1:]
-            flows = self.unit * F.interpolate(coarse, size, mode="bicubic", align_corners=True)
-            warped = warp(data.images[chosen].repeat(len(classes), 1, 1, 1), flows.repeat_interleave(batch, 0))
-            logits = self.model(data.normalise(warped).contiguous(memory_format=torch.channels_last))
-            losses = F.cross_entropy(logits, targets, reduction="none").view(len(classes), batch).mean(1)
-            sizes = flows.square().sum(1).add(1e-12).sqrt().mean((1, 2))
-            optimizer.zero_grad()
-            (losses + self.weights[classes] / self.unit * sizes).sum().backward()
-            optimizer.step()
-            hits = (logits.argmax(1) == targets).float().view(len(classes), batch).mean(1)
-            better = self.record(classes, sizes.detach(), hits, step)
-            self.flows[classes[better]] = flows.detach()[better]
-        self.coarse[classes] = coarse.detach()
+    def trigger(self, images: Tensor, *variables: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        (coarse,) = variables
+        flows = self.unit * F.interpolate(coarse, images.shape[2:], mode="bicubic", align_corners=True)
+        sizes = flows.square().sum(1).add(1e-12).sqrt().mean((1, 2))
+        warped = warp(images.repeat(len(flows), 1, 1, 1), flows.repeat_interleave(len(images), 0))
+        return warped.unflatten(0, (len(flows), len(images))), sizes, (flows,)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from onp.config import WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.smallest import Smallest
+from onp.smallest import SmallestSearch
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,49 +76,30 @@ def recover_wave(
     return RecoveredWave(target, search.patterns[target], tuple(search.sizes.tolist()))
 
 
-class _Search(Smallest):
+class _Search(SmallestSearch):
     """Smallest working waves so far, and where their optimisation stands, class by class."""
 
     def __init__(
         self, networks: tuple[nn.Module, ...], data: DefenceData, config: WaveRecoveryConfig, seed: int
     ) -> None:
-        super().__init__(data.num_classes, config.size_weight, enough=0.95, ample=0.98, device=data.images.device)
-        self.networks, self.data, self.config = networks, data, config
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(networks, data, config, seed, torch.arange(data.num_classes))
         (channels, height, width), classes, device = data.input_shape, data.num_classes, data.images.device
         columns = width // 2 + 1
         # Adam leaves no frequency at 0, but a product of two numbers that shrink: real and imaginary parts of every
         # channel, and what they have in common.
-        self.common = torch.full((classes, 1, height, columns, 1), config.first_amplitude**0.5, device=device)
+        common = torch.full((classes, 1, height, columns, 1), config.first_amplitude**0.5, device=device)
         parts = torch.randn(classes, channels, height, columns, 2, generator=self.generator).to(device)
-        self.parts = (config.first_amplitude / (2 * channels)) ** 0.5 * parts
+        self.variables = common, (config.first_amplitude / (2 * channels)) ** 0.5 * parts
         mirrored = torch.ones(columns, device=device)
         mirrored[1 : (width + 1) // 2] = 2  # of a real image's spectrum half is kept
         self.weight_of_column = mirrored.sqrt()
         self.patterns = torch.zeros(classes, channels, height, width, device=device)
+        self.found = (self.patterns,)
 
-    def optimise(self, classes: Tensor) -> None:
-        """Shrink the waves of `classes`; the weight of a wave's size adapts to its success."""
-        config, data = self.config, self.data
-        classes = classes.to(data.images.device)
-        batch = min(config.batch_size, len(data))
-        targets = classes.repeat_interleave(batch)
-        common, parts = (values[classes].clone().requires_grad_() for values in (self.common, self.parts))
-        optimizer = torch.optim.Adam([common, parts], config.learning_rate, betas=(0.5, 0.9))
-        for step in range(config.steps):
-            chosen = torch.randint(len(data), (batch,), generator=self.generator).to(classes.device)
-            spectrum = common * parts
-            patterns = torch.fft.irfft2(torch.view_as_complex(spectrum), s=data.input_shape[1:], norm="ortho")
-            triggered = (data.images[chosen] + patterns[:, None]).clamp(0, 1)
-            inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
-            answers = [network(inputs) for network in self.networks]
-            losses = torch.stack([F.cross_entropy(logits, targets, reduction="none") for logits in answers]).sum(0)
-            amplitudes = spectrum.square().sum((1, 4)).add(1e-12).sqrt()
-            sizes = (amplitudes * self.weight_of_column).sum((1, 2))
-            optimizer.zero_grad()
-            (losses.view(len(classes), batch).mean(1) + self.weights[classes] * sizes).sum().backward()
-            optimizer.step()
-            led = torch.stack([logits.argmax(1) == targets for logits in answers]).all(0)
-            better = self.record(classes, sizes.detach(), led.float().view(len(classes), batch).mean(1), step)
-            self.patterns[classes[better]] = patterns.detach()[better]
-        self.common[classes], self.parts[classes] = common.detach(), parts.detach()
+    def trigger(self, images: Tensor, *variables: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        common, parts = variables
+        spectrum = common * parts
+        patterns = torch.fft.irfft2(torch.view_as_complex(spectrum), s=images.shape[2:], norm="ortho")
+        amplitudes = spectrum.square().sum((1, 4)).add(1e-12).sqrt()
+        sizes = (amplitudes * self.weight_of_column).sum((1, 2))
+        return (images + patterns[:, None]).clamp(0, 1), sizes, (patterns,)
