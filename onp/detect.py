@@ -19,7 +19,7 @@ from onp.errors import ConfigError
 from onp.images import picture_of
 from onp.inputs import InputConfig, open_inputs
 from onp.samples import load_samples
-from onp.verdict import FAMILIES, UNITS, by_suspicion, headline, label, make_record
+from onp.verdict import by_suspicion, headline, label, make_record, units_of
 
 EVIDENCE = 3
 """exit code where there is evidence of a backdoor"""
@@ -101,11 +101,11 @@ def show(record: dict[str, Any]) -> None:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("class", no_wrap=True)
-    looked_for = FAMILIES[:1] if record["masks_alone"] else FAMILIES
-    for name in (*(f"{name}, {UNITS[name]}" for name in looked_for), "collapse"):
+    units = units_of(record)
+    for name in (*(f"{name}, {unit}" for name, unit in units.items()), "collapse"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in by_suspicion(record)[:SHOWN]:
-        sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in looked_for)
+        sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in units)
         table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
     if record["masks_alone"]:

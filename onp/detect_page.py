@@ -24,7 +24,7 @@ from onp.logits import logits_of
 from onp.samples import Samples
 from onp.trigger_recovery import Patch
 from onp.units import index_units
-from onp.verdict import FAMILIES, by_suspicion, headline, percent
+from onp.verdict import by_suspicion, headline, percent, units_of
 
 EXAMPLES = 6
 """clean images that the recovered trigger is shown on"""
@@ -44,13 +44,15 @@ def render(
     template = resources.files("onp").joinpath("templates", "detect.html").read_text()
     names = [row["name"] for row in record["classes"]]
     rows = by_suspicion(record)
-    largest = {key: max((row[key] for row in rows if row[key] is not None), default=1.0) for key in FAMILIES}
+    units = units_of(record)
+    largest = {key: max((row[key] for row in rows if row[key] is not None), default=1.0) for key in units}
     found = record["verdict"] == "evidence"
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         record=record,
         headline=headline(record),
         percent=percent,
         rows=rows,
+        units=units,
         largest=largest,
         suspect=names[record["suspect"]] if record["suspect"] is not None else None,
         examples=_examples(inputs, data, evidence, names),

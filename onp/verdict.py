@@ -20,7 +20,6 @@ from onp.units import index_units
 
 UNITS = {"mask": "pixels", "warp": "pixels", "wave": "norm"}
 """what sizes are given in, by the families of triggers with a target"""
-FAMILIES = tuple(UNITS)
 
 
 def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
@@ -118,8 +117,13 @@ def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samp
 
 def by_suspicion(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Classes, that with the smallest trigger of the telling kind first; masks, where no class is the target."""
-    kind = record["kind"] if record["kind"] in FAMILIES else "mask"
+    kind = record["kind"] if record["kind"] in UNITS else "mask"
     return sorted(record["classes"], key=lambda row: (row[kind] is None, row[kind]))
+
+
+def units_of(record: dict[str, Any]) -> dict[str, str]:
+    """`UNITS` of the families that were looked for."""
+    return {"mask": UNITS["mask"]} if record["masks_alone"] else UNITS
 
 
 def headline(record: dict[str, Any]) -> str:

@@ -90,14 +90,16 @@ def _from_file(name: str) -> nn.Module:
         raise ModelError(f"model file {path!r} is not a Python file; expected path/to/file.py:function")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class up by its module
-    sys.path.insert(0, str(Path(path).resolve().parent))  # what lies beside it can be imported, as by `python FILE`
+    beside = str(Path(path).resolve().parent)
+    sys.path.insert(0, beside)  # what lies there can be imported, as by `python FILE`
     try:
         spec.loader.exec_module(module)
         model = getattr(module, function_name)()
     except (Exception, SystemExit) as error:
         raise ModelError(f"{name} failed with {type(error).__name__}: {error}") from error
     finally:
-        sys.path.pop(0)
+        if beside in sys.path:  # the file may have changed it
+            sys.path.remove(beside)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module that gives logits")
     return model
