@@ -23,7 +23,13 @@ def check_network(model: nn.Module, data: DefenceData) -> DefenceData:
     with torch.no_grad():
         logits = model.eval()(data.inputs[:2])
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ModelError(f"{type(model).__name__} does not give logits of shape (images, classes)")
+        given = (
+            f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        )
+        raise ModelError(
+            f"{type(model).__name__} gives {given} for two images; expected logits of shape (2, classes) and nothing "
+            "else: wrap it in a module that returns them alone"
+        )
     if logits.shape[1] < 2:
         raise ModelError(f"{type(model).__name__} has one output; a classifier of two classes or more is expected")
     if not bool(torch.isfinite(logits).all()):

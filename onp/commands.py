@@ -8,13 +8,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from onp.errors import OnpError
+from onp.errors import ConfigError, OnpError
 from onp.units import UnitIndex
 
 Config = TypeVar("Config")
@@ -45,6 +46,17 @@ def print_untraced(index: UnitIndex, console: Console) -> None:
         console.print(f"Not traced, so without units: {path} ({reason})", soft_wrap=True, highlight=False)
 
 
+def check_output(path: Path, option: str, folder: bool = False) -> None:
+    """Raise `ConfigError`, naming the `option`, where a file `path` cannot be written, or none in a `folder` of it.
+
+    To be called before the work that would be lost; creates nothing.
+    """
+    place = path.expanduser() if folder else path.expanduser().parent
+    nearest = next(above for above in (place, *place.parents) if above.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (not folder and path.expanduser().is_dir()):
+        raise ConfigError(f"{option} {path} is no {'folder' if folder else 'file'} that can be written; give another")
+
+
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:
     """Parse `config` from the command line and run `job`; exit with its code.
 
@@ -63,6 +75,6 @@ def run_command(config: type[Config], job: Callable[[Config], int | None], progr
         print(f"error: {error}; what was written before is whole", file=sys.stderr)
         code = os.EX_IOERR
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; what was written before is whole", file=sys.stderr)
         code = 130
     sys.exit(code or 0)

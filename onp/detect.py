@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from baselines_rnp.label_detection import find_evidence
 from baselines_rnp.patch_recovery import recover_patches
 from onp.checkpoints import write_atomically, write_json
-from onp.commands import console, run_command
+from onp.commands import check_output, console, run_command
 from onp.config import DetectionConfig
 from onp.errors import ConfigError
 from onp.images import picture_of
@@ -50,11 +49,9 @@ def detect(config: DetectConfig) -> int:
     if config.checkpoint is None:
         raise ConfigError("no --checkpoint: give the weights of the network to look at")
     config = config.resolved()
-    for path in (config.json, config.html):
-        if path is not None and not _may_be_written(path):
-            raise ConfigError(f"{path} cannot be written; give another file")
-    if config.triggers is not None and not _may_be_written(config.triggers / "mask.png"):
-        raise ConfigError(f"--triggers {config.triggers} is no folder that can be written to; give another")
+    for name in ("json", "html", "triggers"):
+        if (path := getattr(config, name)) is not None:
+            check_output(path, f"--{name}", folder=name == "triggers")
     inputs = open_inputs(config)
     data = inputs.defence_data()
     samples = None
@@ -81,11 +78,6 @@ def detect(config: DetectConfig) -> int:
         write_atomically(config.html, lambda temporary: temporary.write_text(page))
         console.print(f"Page: {config.html}", soft_wrap=True)
     return EVIDENCE if record["verdict"] == "evidence" else 0
-
-
-def _may_be_written(path: Path) -> bool:
-    nearest = next(parent for parent in path.parents if parent.exists())
-    return not path.is_dir() and nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def _save_picture(path: Path, image: Tensor) -> None:

@@ -11,12 +11,12 @@ import torch
 import tyro
 from torch import nn
 
-from onp.checkpoints import load_checkpoint, read_json, sha256
+from onp.checkpoints import load_checkpoint, sha256
 from onp.commands import console, run_command
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask, apply_mask
-from onp.report import Judge, Row, make_rows, make_stage_rows, make_table
+from onp.report import Judge, Row, make_rows, make_stage_rows, make_table, read_report
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.stages import STAGES, rows_of
 from onp.units import UnitIndex, index_units
@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> int:
     options = folder.options()
     if not folder.file("report.json").exists():
         raise ConfigError(f"{config.run} holds no report.json: the run is not finished; run its command again")
-    report = read_json(folder.file("report.json"))
+    report, reported = read_report(folder)
     inputs = open_inputs(patient(InputConfig.from_record(options), folder))
     if inputs.config.checkpoint is not None and sha256(inputs.config.checkpoint) != report["checkpoint_sha256"]:
         raise ConfigError(f"{inputs.config.checkpoint} is not the file that this run purified; restore it")
@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> int:
     index = index_units(inputs.model, tuple(dataset[0][0].shape))
     judge, stages = Judge(inputs, trigger_path(options, folder)), rows_of(tuple(STAGES))
     rows = make_rows(folder, judge, index)
-    added = [row["method"] for row in report["rows"] if row["method"] in stages]
+    added = [row.method for row in reported if row.method in stages]
     rows += make_stage_rows(folder, added, judge, index, rows[0])
     console.print(make_table(rows, f"{config.run} measured again"))
     if not _delivered(folder, inputs.model, index):
@@ -54,7 +54,8 @@ def evaluate(config: EvaluateConfig) -> int:
     if revived := [row for row in added if not _still_pruned(folder, row, inputs.model, index)]:
         console.print(f"Not zero where masks prune: {', '.join(f'stages/{row}.safetensors' for row in revived)}")
         return 1
-    differing = [row.method for row, old in zip(rows, report["rows"], strict=True) if not _same(row, Row(**old))]
+    before = {row.method: row for row in reported}
+    differing = [row.method for row in rows if row.method not in before or not _same(row, before[row.method])]
     if differing:
         console.print(f"Differs from report.json: {', '.join(differing)}")
         return 1

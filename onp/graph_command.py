@@ -10,7 +10,7 @@ import networkx as nx
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import write_atomically
 from onp.checks import check_network
-from onp.commands import console, print_untraced, run_command
+from onp.commands import check_output, console, print_untraced, run_command
 from onp.config import EnvConfig, UnlearnConfig
 from onp.drawing import draw_graph
 from onp.engine import Engine
@@ -39,6 +39,7 @@ def draw(config: GraphCommandConfig) -> None:
     """Draw a network's unit graph (PNG) and write it as GraphML."""
     if config.checkpoint is None:
         raise ConfigError("no --checkpoint: give the weights of the network to draw")
+    check_output(config.out, "--out", folder=True)
     inputs = open_inputs(config.resolved())
     data = inputs.defence_data()
     index = index_units(inputs.model, data.input_shape)

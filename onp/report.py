@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from baselines_rnp.rnp import threshold_masks
 from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json
 from onp.data import ImageDataset, in_memory, labels_of
-from onp.errors import ConfigError
+from onp.errors import ConfigError, FileError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure
 from onp.layout import fastest_layout
@@ -44,6 +44,15 @@ LABELS = {
     "rnp_finetuned": "RNP + fine-tuning",
     "rnp_removal": "RNP, from unlearned",
 }
+FACTS_READ = (
+    "model",
+    "checkpoint_sha256",
+    "defence_images",
+    "suspect_class",
+    "evidence_of_a_backdoor",
+    "probability_of_a_backdoor",
+)
+"""what commands read of a report, besides its rows"""
 _PATH_POINTS = 17
 _PATH_IMAGES = 1000
 
@@ -208,10 +217,21 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
     write_json(folder.file("report.json"), record)
 
 
+def read_report(folder: RunFolder) -> tuple[dict[str, Any], list[Row]]:
+    """`report.json` of a finished run, and its rows; raises `FileError` where it is not what a run writes."""
+    path = folder.file("report.json")
+    report = read_json(path)
+    try:
+        if missing := [name for name in FACTS_READ if name not in report]:
+            raise TypeError(f"without {', '.join(missing)}")
+        return report, [Row(**row) for row in report["rows"]]
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path} is not what a run writes ({error}); restore it, or run again elsewhere") from error
+
+
 def add_stage_rows(folder: RunFolder, stages: list[str], judge: Judge, index: UnitIndex) -> None:
     """Measure stages of a run that has a report, and write that anew with their rows."""
-    report = read_json(folder.file("report.json"))
-    rows = [Row(**row) for row in report["rows"]]
+    report, rows = read_report(folder)
     rows = sorted(
         rows + make_stage_rows(folder, stages, judge, index, rows[0]), key=lambda row: list(LABELS).index(row.method)
     )

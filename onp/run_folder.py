@@ -146,7 +146,11 @@ class RunFolder:
     def rnp_values(self) -> Tensor | None:
         """RNP's recovered mask values, (N,); None where RNP could not run."""
         path = self.file("rnp_mask_values.safetensors")
-        return read_tensors(path)["values"] if path.exists() else None
+        if not path.exists():
+            return None
+        if (values := read_tensors(path).get("values")) is None:
+            raise FileError(f"{path} holds no values; restore it")
+        return values
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

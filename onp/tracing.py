@@ -27,7 +27,8 @@ _KNOWN = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention, nn.LayerNorm, nn.Embe
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
     """A traced copy of `model` on the CPU, in eval mode, whose nodes know their shapes for a batch of two images.
 
-    Raises `ModelError` where the network's own `forward` cannot be traced, or does not fit the images.
+    Raises `ModelError` where the network's own `forward` cannot be traced, does not fit the images, or does not give
+    one tensor.
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ModelError(f"{type(model).__name__} runs a network on several devices; give the network itself, .module")
@@ -43,6 +44,11 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
             f"{type(model).__name__} does not accept batches of 2 and 3 float images of shape {input_shape}: "
             f"{_root_cause(error)}"
         ) from error
+    if shape_of(next(iter(reversed(graph_module.graph.nodes)))) is None:
+        raise ModelError(
+            f"{type(model).__name__} gives something else than one tensor; wrap it in a module that returns the "
+            "logits alone"
+        )
     for node, shape in shapes_of_three.items():
         node.meta["image_axis"] = _first_difference(shape or (), shape_of(node) or ())
     return graph_module

@@ -19,7 +19,7 @@ from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
 from onp.purification import CLUES, METHODS, Purification, PurifyConfig
-from onp.report import LABELS, Judge, Row, add_stage_rows, make_rows, make_table, write_report
+from onp.report import LABELS, Judge, add_stage_rows, make_rows, make_table, read_report, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.stages import STAGES, StageName, rows_of, run_stage
 from onp.verdict import headline, make_verdict
@@ -67,7 +67,7 @@ def complete_run(
         )
     if all((config.run_dir / name).exists() for name in ("report.json", "purified.safetensors")):
         folder = RunFolder.create_or_resume(config.run_dir, config)
-        report = read_json(folder.file("report.json"))
+        report, _ = read_report(folder)
         if config.checkpoint is not None and sha256(config.checkpoint) != report["checkpoint_sha256"]:
             raise ConfigError(
                 f"{config.checkpoint} is not the file that {folder.path} purified; restore it, or give another folder"
@@ -104,8 +104,8 @@ def _bind(folder: RunFolder, purification: Purification, others: Sequence[RunFol
 def missing_stages(config: TrainConfig) -> list[str]:
     """Rows of stages that the finished run lacks."""
     assert config.run_dir is not None
-    report = read_json(config.run_dir / "report.json")
-    return [row for row in rows_of(config.stages) if row not in {known["method"] for known in report["rows"]}]
+    _, rows = read_report(RunFolder(config.run_dir))
+    return [row for row in rows_of(config.stages) if row not in {known.method for known in rows}]
 
 
 def _add_stages(config: TrainConfig, folder: RunFolder, console: Console, others: Sequence[RunFolder]) -> None:
@@ -203,8 +203,7 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
 
 
 def _show(folder: RunFolder) -> None:
-    report = read_json(folder.file("report.json"))
-    rows = [Row(**row) for row in report["rows"]]
+    report, rows = read_report(folder)
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
     for row in rows:
         if row.note:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from onp.attacks.recipes import Recipe, expand
 from onp.attacks.zoo import Zoo
-from onp.commands import console, run_command
+from onp.commands import check_output, console, run_command
 from onp.data import named_folders
 from onp.errors import ConfigError
 from onp.inputs import torch_device, use_threads
@@ -55,6 +55,10 @@ def zoo(config: ZooConfig) -> int:
     if (config.job == "export") != (config.out is not None):
         raise ConfigError(f"{config.job}: --out goes with export, and export needs it")
     root = config.root.expanduser().resolve()
+    if config.job == "make":
+        check_output(root, "--root", folder=True)
+    if config.out is not None:
+        check_output(config.out, "--out", folder=True)
     animals = Zoo(root, named_folders(config.folders), config.download_root, torch_device(config.device), _Progress())
     recipes = expand(config.names, config.seed)
     if config.out is not None:

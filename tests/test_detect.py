@@ -191,7 +191,7 @@ def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Pa
     ("options", "expected"),
     [
         (("--samples", "nowhere"), "no images found"),
-        (("--triggers", __file__), "is no folder that can be written to"),
+        (("--triggers", __file__), "is no folder that can be written"),
         (("--checkpoint", "nowhere.pth"), "nowhere.pth"),
         (("--detection.warp.steps", "0"), "steps 0: expected at least 1"),
         (("--detection.recovery.conclusive", "0.5"), "conclusive 0.5: expected a probability of at least 0.8"),

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 
 from onp.attacks.triggers import load_trigger
@@ -27,11 +26,9 @@ from onp.checkpoints import load_checkpoint, read_json, read_tensors
 from onp.data import ImageDataset, Normalisation, labels_of, load_dataset
 from onp.errors import CheckpointError, ConfigError, DataError, FileError, OnpError
 from onp.images import read_image
-from onp.inputs import InputConfig
 from onp.masks import KeepMask
 from onp.run_folder import RunFolder
 from onp.samples import load_samples
-from onp.train import TrainConfig, complete_run
 from onp.units import index_units
 
 
@@ -390,27 +387,3 @@ def test_damaged_tensors_of_a_run(tmp_path: Path) -> None:
         RunFolder(tmp_path).rnp_values()
     with pytest.raises(FileError, match="none"):
         read_tensors(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("record", [{"model": 3}, {"mean": 3}, {"mean": ["a"]}, {"checkpoint": 3}, {"threads": "2"}])
-def test_damaged_options_of_a_run(record: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="restore config.json"):
-        InputConfig.from_record(record)
-
-
-def test_a_run_is_bound_to_its_network_and_images(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.bind("one")
-    folder.bind("one")
-    with pytest.raises(ConfigError, match="another network, other images, or another version of ONP or PyTorch"):
-        folder.bind("another")
-
-
-def test_a_finished_run_is_of_its_checkpoint_alone(tmp_path: Path) -> None:
-    (tmp_path / "w.pth").write_bytes(b"others than it purified")
-    config = TrainConfig(checkpoint=tmp_path / "w.pth", data=str(tmp_path), run_dir=tmp_path / "run").resolved()
-    folder = RunFolder.create_or_resume(tmp_path / "run", config)
-    folder.file("report.json").write_text(json.dumps({"checkpoint_sha256": "0" * 64}))
-    folder.file("purified.safetensors").touch()
-    with pytest.raises(ConfigError, match="w.pth is not the file that"):
-        complete_run(config, Console(quiet=True))

@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
 from envs.pruning import PruningEnv
 from onp.bench.networks import randomise
+from onp.checks import check_network
 from onp.config import EnvConfig, TriggerRecoveryConfig, UnlearnConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.engine import Engine
+from onp.errors import ModelError
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
 from onp.shrinking import shrink
@@ -156,3 +158,23 @@ def test_the_command_lists_networks_and_those_that_it_cannot_treat(tmp_path: Pat
     assert good["units"] == {"conv": 4, "batch_norm": 0, "linear": 0, "linear_input": 144, "head": 0}
     assert (good["parameters"], good["groups"], good["masked_deviation"]) == (3 * 4 * 9 + 4 + 144 * 2 + 2, 148, 0)
     assert good["engine_deviation"] < 1e-5 and good["onnx_deviation"] is None
+
+
+class Auxiliary(nn.Module):
+    """Gives its features beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.convolution(images).relu().flatten(1)
+        return self.linear(features), features
+
+
+def test_a_network_that_gives_more_than_logits() -> None:
+    with pytest.raises(ModelError, match="Auxiliary gives something else than one tensor; wrap it"):
+        index_units(Auxiliary(), (3, 8, 8))
+    data = DefenceData(torch.rand(6, 3, 8, 8), torch.arange(6) % 3, 3)
+    with pytest.raises(ModelError, match=r"Auxiliary gives a tuple for two images; expected logits of shape \(2, cla"):
+        check_network(Auxiliary(), data)

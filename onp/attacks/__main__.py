@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onp.attacks.make import make_backdoored_model
 from onp.attacks.poisoning import TrainingConfig
-from onp.commands import console, run_command
+from onp.commands import check_output, console, run_command
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
@@ -29,6 +29,7 @@ def attack(config: AttackConfig) -> None:
     """Train a network on poisoned data and say how well the backdoor works."""
     if config.checkpoint is not None:
         raise ConfigError(f"--checkpoint {config.checkpoint}: a test model is trained from scratch; leave it out")
+    check_output(config.out, "--out", folder=True)
     inputs = open_inputs(config.resolved())
     out = config.out.expanduser().resolve()
     with console.status("training ...") as status:

@@ -22,7 +22,7 @@ from onp.bench.patches import FIGURES, measure_patch
 from onp.bench.suite import Suspect, read_suites
 from onp.bench.verdicts import Verdict, detections
 from onp.checkpoints import read_json, sha256, write_json
-from onp.commands import console
+from onp.commands import check_output, console
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.errors import ConfigError
@@ -62,6 +62,7 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
     """Verdict, recovered trigger and sample detection for every network and seed. The same command goes on."""
     if config.images < 10:
         raise ConfigError(f"--images {config.images}: expected at least 10")
+    check_output(config.out, "--out", folder=True)
     records = []
     for seed in config.seeds:
         for suspect in read_suites(config.models, config.folders):

@@ -26,7 +26,7 @@ from envs.pruning import PruningEnv
 from onp import load_defence_data
 from onp.checkpoints import load_checkpoint, write_atomically
 from onp.clues import Clues, find_clues
-from onp.commands import console, release_freed_memory
+from onp.commands import check_output, console, release_freed_memory
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache, Engine
@@ -98,6 +98,8 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
         raise ConfigError(
             f"--checkpoint {config.checkpoint} fits one network; give one in --networks, not {config.networks}"
         )
+    if config.json is not None:
+        check_output(config.json, "--json")
     devices = [torch_device(name) for name in config.devices or ("cpu", "cuda")[: 1 + torch.cuda.is_available()]]
     rows: list[Row] = []
     for name, device in product(config.networks, devices):

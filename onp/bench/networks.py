@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from onp.checkpoints import write_json
-from onp.commands import console, print_untraced
+from onp.commands import check_output, console, print_untraced
 from onp.engine import Engine
 from onp.errors import ConfigError, ModelError, OnpError
 from onp.export import export_onnx, require_onnx
@@ -100,6 +100,8 @@ def run_networks(config: NetworksConfig) -> None:
             f"--images {config.images}, --image-size {config.image_size}, --threads {config.threads}: expected at "
             "least 1, 1 and 0"
         )
+    if config.json is not None:
+        check_output(config.json, "--json")
     if config.onnx:
         require_onnx()
     if config.threads:

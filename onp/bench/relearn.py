@@ -22,7 +22,7 @@ from onp.attacks.triggers import Trigger
 from onp.bench.relearn_report import HELD, TWIN, make_tables, write_results
 from onp.bench.suite import Suspect, read_suites
 from onp.checkpoints import load_checkpoint, read_json, sha256, write_json
-from onp.commands import console
+from onp.commands import check_output, console
 from onp.data import DefenceData
 from onp.errors import CheckpointError, ConfigError
 from onp.finetuning import FinetuneConfig, learn_on
@@ -64,6 +64,7 @@ class RelearnConfig:
 def run_relearn(config: RelearnConfig) -> None:
     """Attack success rate of purified networks that learn on, along the steps. The same command goes on."""
     _check(config)
+    check_output(config.out, "--out", folder=True)
     twins, records = read_suites(config.twins, config.folders) if config.twins else [], []
     for folder in find_runs(config.runs):
         subject = Subject(folder, twins)

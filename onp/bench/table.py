@@ -20,6 +20,7 @@ from onp.commands import console
 from onp.errors import ConfigError, OnpError
 from onp.inputs import InputConfig
 from onp.purification import PurifyConfig
+from onp.report import read_report
 from onp.run_folder import RunFolder
 from onp.stages import StageName
 from onp.train import TrainConfig, complete_run, missing_stages
@@ -150,7 +151,7 @@ def _attempt(run: Run, others: list[RunFolder]) -> Finished | Failure:
     """
     try:
         folder = complete_run(run.options, Console(quiet=True), run.journal_dir, others)
-        report = read_json(folder.file("report.json"))
+        report, _ = read_report(folder)
         return Finished(read_cells(run, report), read_verdict(run, report))
     except Exception as error:
         ours = isinstance(error, OnpError)

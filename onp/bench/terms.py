@@ -14,7 +14,7 @@ from envs.pruning import PruningEnv
 from envs.rewards import TERMS
 from onp.bench.suite import Suspect, read_suites
 from onp.checkpoints import write_json
-from onp.commands import console
+from onp.commands import check_output, console
 from onp.config import EnvConfig
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, open_inputs
@@ -58,6 +58,8 @@ def run_terms(config: TermsConfig) -> None:
     suspects = [suspect for suspect in read_suites(config.models, config.folders) if suspect.trigger is not None]
     if not suspects:
         raise ConfigError("--models: no network with a trigger; without one there is no ASR to predict")
+    if config.json is not None:
+        check_output(config.json, "--json")
     records = []
     table = Table(title="rank correlation with minus ASR", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("network", "masks", *COLUMNS):
