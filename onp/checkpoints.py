@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from onp.errors import CheckpointError, FileError, first_line
+from onp.errors import CheckpointError, FileError, MisfitError, first_line
 
 WRAPPERS = ("state_dict", "net", "model")
 """keys under which published checkpoints keep their weights"""
@@ -31,9 +31,9 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
 
     Reads safetensors, or PyTorch files with `weights_only=True` and no other way. Weights may lie under
     `state_dict`, `net` or `model`; a `module.` prefix of all keys is dropped; the log says so. Raises
-    `CheckpointError`, with `model` unchanged, where the file cannot be read, keys, types or shapes differ, or a weight
-    is not finite. What it costs in memory is bounded by the file and the network, whatever the file declares
-    (PyTorch's format of before 1.6 may reserve more, which is never touched).
+    `CheckpointError`, with `model` unchanged, where the file cannot be read or a weight is not finite, and its
+    `MisfitError` where keys, types or shapes differ. What it costs in memory is bounded by the file and the network,
+    whatever the file declares (PyTorch's format of before 1.6 may reserve more, which is never touched).
     """
     path = Path(path)
     weights = _unwrap(_read(path), path)
@@ -42,7 +42,7 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     missing = sorted(set(expected) - set(weights) - optional)
     unexpected = sorted(set(weights) - set(expected))
     if missing or unexpected:
-        raise CheckpointError(
+        raise MisfitError(
             f"{path} does not fit {type(model).__name__}: missing keys {_some(missing)}, "
             f"unexpected keys {_some(unexpected)}"
         )
@@ -52,14 +52,14 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
         if not _is_plain(value) or not _may_become(value.dtype, expected[key].dtype)
     ]
     if types:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {_some(types)}; give plain, dense weights")
+        raise MisfitError(f"{path} does not fit {type(model).__name__}: {_some(types)}; give plain, dense weights")
     shapes = [
         f"{key} is {tuple(weights[key].shape)}, expected {tuple(expected[key].shape)}"
         for key in weights
         if weights[key].shape != expected[key].shape
     ]
     if shapes:
-        raise CheckpointError(f"{path} does not fit {type(model).__name__}: {_some(shapes)}")
+        raise MisfitError(f"{path} does not fit {type(model).__name__}: {_some(shapes)}")
     broken = [key for key, value in weights.items() if not bool(torch.isfinite(value.to(expected[key].dtype)).all())]
     if broken:
         raise CheckpointError(f"{path} holds NaN or infinite weights in {_some(broken)}; the file is damaged")

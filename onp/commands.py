@@ -46,15 +46,17 @@ def print_untraced(index: UnitIndex, console: Console) -> None:
         console.print(f"Not traced, so without units: {path} ({reason})", soft_wrap=True, highlight=False)
 
 
-def check_output(path: Path, option: str, folder: bool = False) -> None:
-    """Raise `ConfigError`, naming the `option`, where a file `path` cannot be written, or none in a `folder` of it.
+def check_output(path: Path, option: str, folder: bool = False) -> Path:
+    """`path` with `~` written out, where a file of that name, or files in a `folder` of it, can be written.
 
-    To be called before the work that would be lost; creates nothing.
+    To be called before the work that would be lost; creates nothing. Raises `ConfigError`, naming the `option`.
     """
-    place = path.expanduser() if folder else path.expanduser().parent
+    path = path.expanduser()
+    place = path if folder else path.parent
     nearest = next(above for above in (place, *place.parents) if above.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (not folder and path.expanduser().is_dir()):
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (not folder and path.is_dir()):
         raise ConfigError(f"{option} {path} is no {'folder' if folder else 'file'} that can be written; give another")
+    return path
 
 
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:

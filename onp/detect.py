@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ def detect(config: DetectConfig) -> int:
     if config.checkpoint is None:
         raise ConfigError("no --checkpoint: give the weights of the network to look at")
     config = config.resolved()
-    for name in ("json", "html", "triggers"):
-        if (path := getattr(config, name)) is not None:
-            check_output(path, f"--{name}", folder=name == "triggers")
+    outputs = {name: path for name in ("json", "html", "triggers") if (path := getattr(config, name)) is not None}
+    outputs = {name: check_output(path, f"--{name}", folder=name == "triggers") for name, path in outputs.items()}
+    config = replace(config, **outputs)
     inputs = open_inputs(config)
     data = inputs.defence_data()
     samples = None

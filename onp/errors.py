@@ -13,6 +13,10 @@ class CheckpointError(OnpError):
     """A checkpoint cannot be read or does not fit the network."""
 
 
+class MisfitError(CheckpointError):
+    """A checkpoint can be read, but is of another network."""
+
+
 class ModelError(OnpError):
     """A network cannot be built, traced or pruned."""
 

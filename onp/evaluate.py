@@ -28,21 +28,28 @@ class EvaluateConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """run folder of a finished `python -m onp.train`"""
+    checkpoint: Path | None = None
+    """where the purified network's original lies now; where the run found it, by default"""
+    data: str | None = None
+    """likewise the images"""
+    trigger: Path | None = None
+    """likewise the trigger"""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; that of the run by default"""
 
 
 def evaluate(config: EvaluateConfig) -> int:
     """Recompute every figure of a run from its files; exit code 1 where one differs from the report."""
     folder = RunFolder(config.run)
-    options = folder.options()
+    elsewhere = {name: value for name, value in vars(config).items() if name != "run" and value is not None}
+    options = {**folder.options(), **{name: str(value) for name, value in elsewhere.items()}}
     if not folder.file("report.json").exists():
         raise ConfigError(f"{config.run} holds no report.json: the run is not finished; run its command again")
     report, reported = read_report(folder)
     inputs = open_inputs(patient(InputConfig.from_record(options), folder))
     if inputs.config.checkpoint is not None and sha256(inputs.config.checkpoint) != report["checkpoint_sha256"]:
         raise ConfigError(f"{inputs.config.checkpoint} is not the file that this run purified; restore it")
-    dataset = inputs.dataset("train")
-    assert dataset is not None
-    index = index_units(inputs.model, tuple(dataset[0][0].shape))
+    index = index_units(inputs.model, inputs.image_shape)
     judge, stages = Judge(inputs, trigger_path(options, folder)), rows_of(tuple(STAGES))
     rows = make_rows(folder, judge, index)
     added = [row.method for row in reported if row.method in stages]

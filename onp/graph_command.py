@@ -39,7 +39,7 @@ def draw(config: GraphCommandConfig) -> None:
     """Draw a network's unit graph (PNG) and write it as GraphML."""
     if config.checkpoint is None:
         raise ConfigError("no --checkpoint: give the weights of the network to draw")
-    check_output(config.out, "--out", folder=True)
+    out = check_output(config.out, "--out", folder=True)
     inputs = open_inputs(config.resolved())
     data = inputs.defence_data()
     index = index_units(inputs.model, data.input_shape)
@@ -50,10 +50,10 @@ def draw(config: GraphCommandConfig) -> None:
     engine = Engine(inputs.model, index, data.inputs)
     effects = {"clean_loss": engine.effects(KeepMask.all_kept(index), data.cross_entropy).sum(0)}
     graph = to_networkx(build_graph(index, inputs.model, data.inputs, unlearned, effects, config.graph), index)
-    write_atomically(config.out / "graph.graphml", lambda temporary: nx.write_graphml(graph, temporary))
-    write_atomically(config.out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))
+    write_atomically(out / "graph.graphml", lambda temporary: nx.write_graphml(graph, temporary))
+    write_atomically(out / "graph.png", lambda temporary: draw_graph(graph, temporary, pruned))
     console.print(f"{len(index)} units in {len(index.layers)} layers, {graph.number_of_edges()} edges")
-    console.print(f"{config.out / 'graph.png'}\n{config.out / 'graph.graphml'}")
+    console.print(f"{out / 'graph.png'}\n{out / 'graph.graphml'}")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from onp.checkpoints import load_checkpoint
+from onp.checks import check_logits
 from onp.data import (
     GREY,
     NAMED_DATA,
@@ -116,6 +117,8 @@ class Inputs:
     channels: int
     classes: int
     """outputs of the network"""
+    image_shape: tuple[int, ...]
+    """(channels, height, width) of the training images"""
 
     def dataset(self, split: Split) -> ImageDataset | None:
         """All images of a split; None where a folder has no test/."""
@@ -202,13 +205,14 @@ def open_inputs(config: InputConfig) -> Inputs:
     model = build_model(config.model, channels, config.num_classes or classes)
     if config.checkpoint is not None:
         load_checkpoint(model, config.checkpoint)
-    outputs = _outputs(model, (1, *train[0][0].shape))
+    shape = tuple(train[0][0].shape)
+    outputs = _outputs(model, shape)
     if classes > outputs:
         raise DataError(
             f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs; "
             "check --model and --num-classes, or take folders out"
         )
-    return Inputs(config, model.to(device).eval(), channels, outputs)
+    return Inputs(config, model.to(device).eval(), channels, outputs, shape)
 
 
 def _expected_channels(config: InputConfig) -> int:
@@ -223,11 +227,14 @@ def _expected_channels(config: InputConfig) -> int:
 
 
 def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many classes `model` knows, asked with two black images."""
     try:
         with torch.no_grad():
-            return int(model.eval()(torch.zeros(shape)).shape[1])
+            logits = model.eval()(torch.zeros(2, *shape))
     except Exception as error:
         raise DataError(
-            f"{type(model).__name__} does not take images of shape {tuple(shape[1:])} "
+            f"{type(model).__name__} does not take images of shape {shape} "
             f"({first_line(error)}); check --model, --data and --image-size"
         ) from error
+    check_logits(model, logits, images=2)
+    return int(logits.shape[1])

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ from onp.journal import Journal, Values
 from onp.layout import fastest_layout
 from onp.masks import KeepMask, apply_mask
 from onp.seeding import check_seed
+from onp.sources import sources_sha256
 from onp.units import UnitIndex, index_units
 
 METHODS = ("rnp", "random", "ranked", "greedy", "onp")
@@ -128,14 +128,14 @@ class Purification:
 
     @cached_property
     def subject(self) -> str:
-        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, versions, threads.
+        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, code, threads.
 
         What the network makes of a few images stands for the code of its `forward`.
         """
         data, config = self.data, self.config
         settings = config.seed, config.env, config.rnp
         images = data.num_classes, data.normalise, str(data.images.device)
-        about = (str(self.model), settings, images, version("onp"), torch.__version__, torch.get_num_threads())
+        about = (str(self.model), settings, images, sources_sha256(), torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
         with torch.no_grad():
             logits = self.model(data.inputs[:8])

@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from baselines_rnp.rnp import threshold_masks
 from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json
 from onp.data import ImageDataset, in_memory, labels_of
-from onp.errors import ConfigError, FileError
+from onp.errors import ConfigError, DataError, FileError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure
 from onp.layout import fastest_layout
@@ -80,6 +80,11 @@ class Judge:
         self.model: nn.Module = copy.deepcopy(inputs.model).to(memory_format=fastest_layout(inputs.model))
         self.dataset: ImageDataset | None = inputs.dataset("test")
         self.trigger = None
+        if self.dataset is not None and (shape := tuple(self.dataset[0][0].shape)) != inputs.image_shape:
+            raise DataError(
+                f"{inputs.config.data}: test images have the shape {shape}, training images {inputs.image_shape}; "
+                "give --image-size"
+            )
         if trigger is not None:
             if self.dataset is None:
                 raise ConfigError(f"--trigger is given, but {inputs.config.data} has no test/ to judge on")
@@ -224,7 +229,13 @@ def read_report(folder: RunFolder) -> tuple[dict[str, Any], list[Row]]:
     try:
         if missing := [name for name in FACTS_READ if name not in report]:
             raise TypeError(f"without {', '.join(missing)}")
-        return report, [Row(**row) for row in report["rows"]]
+        rows = [Row(**row) for row in report["rows"]]
+        if not rows or rows[0].method != "backdoored" or not all(row.method in LABELS for row in rows):
+            raise TypeError("rows of other methods")
+        figures = [value for row in rows for name, value in vars(row).items() if name not in ("method", "note")]
+        if wrong := [value for value in figures if not isinstance(value, float | int | None)]:
+            raise TypeError(f"{wrong[0]!r} is no figure")
+        return report, rows
     except (KeyError, TypeError) as error:
         raise FileError(f"{path} is not what a run writes ({error}); restore it, or run again elsewhere") from error
 

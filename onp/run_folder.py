@@ -168,6 +168,6 @@ def patient(config: InputConfig, folder: RunFolder) -> InputConfig:
 
 def trigger_path(options: dict[str, Any], folder: RunFolder) -> Path | None:
     """The trigger specification to judge with: the user's, or that of the network made in the run folder."""
-    if not options["checkpoint"]:
+    if not options.get("checkpoint"):
         return folder.file("trigger.json")
-    return Path(options["trigger"]) if options["trigger"] else None
+    return Path(options["trigger"]) if options.get("trigger") else None

@@ -62,6 +62,11 @@ class SmallestSearch(ABC):
         """Begin search `number` anew."""
         self.weights[number], self.success[number], self.sizes[number] = self.config.size_weight, 0.0, float("inf")
 
+    def promising(self, searches: Tensor, count: int) -> Tensor:
+        """The `count` of `searches` with the smallest triggers; of those without, the ones that are nearest to one."""
+        order = sorted(searches.tolist(), key=lambda number: (float(self.sizes[number]), -float(self.success[number])))
+        return torch.tensor(sorted(order[:count]))
+
     def optimise(self, searches: Tensor) -> None:
         """Shrink the triggers of `searches`, (n,)."""
         config, data = self.config, self.data

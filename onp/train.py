@@ -68,7 +68,8 @@ def complete_run(
     if all((config.run_dir / name).exists() for name in ("report.json", "purified.safetensors")):
         folder = RunFolder.create_or_resume(config.run_dir, config)
         report, _ = read_report(folder)
-        if config.checkpoint is not None and sha256(config.checkpoint) != report["checkpoint_sha256"]:
+        checkpoint = config.checkpoint
+        if checkpoint is not None and (not checkpoint.is_file() or sha256(checkpoint) != report["checkpoint_sha256"]):
             raise ConfigError(
                 f"{config.checkpoint} is not the file that {folder.path} purified; restore it, or give another folder"
             )

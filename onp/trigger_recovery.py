@@ -107,9 +107,9 @@ def recover_trigger(
     runner-up's, it is a variant too. Neither is looked for where `config.variants` is 1.
     """
     with frozen(model):
-        search = MaskSearch(model, data, config, seed, torch.arange(data.num_classes))
-        search.optimise(torch.arange(data.num_classes))
-        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values)
+        search = MaskSearch(model, data, config, seed, classes := torch.arange(data.num_classes))
+        search.optimise(classes)
+        search.optimise(search.promising(classes, config.finalists))
         sizes = tuple(search.sizes.tolist())
         target, rival = search.sizes.argsort(stable=True)[:2].tolist()
         masks, patterns = [search.masks[target].clone()], [search.patterns[target].clone()]

@@ -93,10 +93,10 @@ def recover_untargeted_trigger(
         return towards(logits, (given[numbers] + 1) % classes)
 
     with frozen(model):
-        anywhere = torch.zeros(config.starts, dtype=torch.long)
+        anywhere, starts = torch.zeros(config.starts, dtype=torch.long), torch.arange(config.starts)
         search = MaskSearch(model, data, config, seed, anywhere, away)
-        search.optimise(torch.arange(config.starts))
-        finalists = search.sizes.argsort(stable=True)[: config.finalists].sort().values
+        search.optimise(starts)
+        finalists = search.promising(starts, config.finalists)
         usual = MaskSearch(model, data, config, seed, anywhere[:1], onwards)
         for _ in range(2):
             search.optimise(finalists)

@@ -85,9 +85,8 @@ def recover_warp(
     """
     with frozen(model):
         search = _Search(model, data, config, seed)
-        search.optimise(torch.arange(data.num_classes))
-        promising = sorted(range(data.num_classes), key=lambda c: (float(search.sizes[c]), -float(search.success[c])))
-        search.optimise(torch.tensor(sorted(promising[: config.finalists])))
+        search.optimise(classes := torch.arange(data.num_classes))
+        search.optimise(search.promising(classes, config.finalists))
     target = int(search.sizes.argmin())
     found = RecoveredWarp(target, search.flows[target], tuple(search.sizes.tolist()))
     answers = logits_of(unlearned.eval(), data.normalise(found(data.images))).argmax(1)

@@ -66,12 +66,13 @@ def recover_wave(
 
     Of many classes those that the `unlearned` copy of `model` answers most: a target is hardly ever far down.
     """
-    answers = logits_of(unlearned.eval(), data.inputs).argmax(1).bincount(minlength=data.num_classes)
-    most = answers[: data.num_classes].argsort(descending=True, stable=True)[: config.classes]
+    logits = logits_of(unlearned.eval(), data.inputs)
+    answers = logits.argmax(1).bincount(minlength=logits.shape[1]) + logits.softmax(1).mean(0)  # which settles ties
+    most = answers[: data.num_classes].argsort(descending=True, stable=True)[: config.classes].sort().values.cpu()
     with frozen(model), frozen(unlearned):
         search = _Search((model, unlearned), data, config, seed)
-        search.optimise(most.sort().values.cpu())
-        search.optimise(search.sizes.argsort(stable=True)[: config.finalists].sort().values.cpu())
+        search.optimise(most)
+        search.optimise(search.promising(most, config.finalists))
     target = int(search.sizes.argmin())
     return RecoveredWave(target, search.patterns[target], tuple(search.sizes.tolist()))
 

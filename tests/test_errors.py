@@ -38,6 +38,20 @@ def raising():
 
 def not_a_network():
     return 3
+
+class Pair(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images), images
+
+class Flat(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images).sum(1)
+
+def pair():
+    return Pair(*good())
+
+def flat():
+    return Flat(*good())
 """
 
 
@@ -51,12 +65,12 @@ class MakesAFolder:
         return os.mkdir, (str(self.path),)
 
 
-def write_images(folder: Path, classes: int, per_class: int = 2) -> None:
+def write_images(folder: Path, classes: int, per_class: int = 2, side: int = 8) -> None:
     generator = torch.Generator().manual_seed(0)
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True)
         for number in range(per_class):
-            pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+            pixels = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(folder / f"class{label}" / f"{number}.png")
 
 
@@ -79,6 +93,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_images(folder / "images" / split, 3)
         write_images(folder / "more_classes" / split, 4)
     write_images(folder / "untested" / "train", 3)
+    write_images(folder / "larger_tests" / "train", 3)
+    write_images(folder / "larger_tests" / "test", 3, side=12)
     (folder / "no_images" / "train" / "class0").mkdir(parents=True)
     (folder / "no_classes" / "train").mkdir(parents=True)
     (folder / "no_train").mkdir()
@@ -172,6 +188,9 @@ BAD = [
     ("--model {}/network.py:absent", "absent"),
     ("--model {}/network.py:raising", "RuntimeError first second"),
     ("--model {}/network.py:not_a_network", "int"),
+    ("--model {}/network.py:pair", "Pair tuple logits (2, classes) wrap"),
+    ("--model {}/network.py:flat", "Flat (2,) logits (2, classes) wrap"),
+    ("--data {}/larger_tests", "larger_tests (3, 12, 12) (3, 8, 8) --image-size"),
     ("--model {}/broken.py:good", "SyntaxError"),
     ("--model {}/network.py:wider", "good.safetensors 0.weight"),
     ("--model {}/network.py:deeper", "good.safetensors missing"),

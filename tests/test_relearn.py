@@ -20,7 +20,7 @@ from onp.bench import relearn
 from onp.bench.relearn import RelearnConfig, Subject, find_runs, poisoned, run_relearn
 from onp.bench.relearn_report import make_tables, steps_until, summarise
 from onp.data import DefenceData
-from onp.errors import ConfigError
+from onp.errors import CheckpointError, ConfigError
 from onp.finetuning import FinetuneConfig
 from onp.judge import ALL_TO_ALL
 from onp.masks import masked
@@ -149,6 +149,25 @@ def test_it_begins_with_the_figures_of_the_report_and_goes_on(run: Path, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was there is measured again"
     with pytest.raises(ConfigError, match="another network or other options"):
         run_relearn(small(run, config.out, images=11))
+
+
+def test_twins_that_fit_no_run_or_cannot_be_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = json.loads((run.parent / "twins.json").read_text())[1]
+    few = {"methods": ("onp",), "triggered": (0,), "seeds": (0,), "twins": (run.parent / "twin.json",)}
+    (run.parent / "twin.json").write_text(json.dumps([{**twin, "model": "small_cnn"}]))
+    run_relearn(small(run, tmp_path / "out", **few))
+    assert "run: none of --twins is such a network" in capsys.readouterr().out
+    (run.parent / "twin.json").write_text(json.dumps([{**twin, "checkpoint": "twins.json"}]))
+    with pytest.raises(CheckpointError, match="twins.json is not a file of plain weights"):
+        run_relearn(small(run, tmp_path / "out", **few))
+
+
+def test_records_are_of_one_run(run: Path) -> None:
+    config = small(run, run)
+    subject, other = (Subject(find_runs((run,))[0], []) for _ in range(2))
+    assert subject.key("backdoored", config) == other.key("backdoored", config)
+    other.config = replace(other.config, seed=1)
+    assert subject.key("backdoored", config) != other.key("backdoored", config)
 
 
 def test_networks_that_learn(run: Path) -> None:

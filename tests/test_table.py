@@ -183,6 +183,18 @@ def test_a_failure_is_part_of_the_table(made: tuple[Path, str]) -> None:
     assert "broken-seed0-budget12: failed:" in " ".join(printed.split()) and "Traceback" not in printed
 
 
+def test_a_damaged_report_is_the_matter_of_its_run_alone(made: tuple[Path, str], folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(made[0], tmp_path / "out"))
+    (out / f"tiny-seed0-budget{BUDGETS[0]}" / "report.json").write_text("{")
+    assert call(folder, out, *BOTH)[::2] == (1, "")
+    failures = {(item["model"], item["budget"]): item["error"] for item in table(out)["failures"]}
+    assert "report.json is no readable JSON" in failures.pop(("tiny", BUDGETS[0]))
+    assert set(failures) == {("broken", budget) for budget in BUDGETS}
+    assert ("tiny", BUDGETS[1], "onp") in {
+        (cell["model"], cell["budget"], cell["method"]) for cell in table(out)["cells"]
+    }
+
+
 def test_the_markdown_holds_every_method_and_the_plots_are_drawn(made: tuple[Path, str]) -> None:
     out, printed = made
     lines = (out / "table.md").read_text().splitlines()

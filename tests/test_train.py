@@ -425,6 +425,19 @@ def test_evaluate_notices_a_changed_mask(copied: Path, patient: Patient, method:
     assert method in out
 
 
+def test_evaluate_finds_what_was_moved(run: Path, patient: Patient, tmp_path: Path) -> None:
+    weights = Path(shutil.copytree(patient.folder / "backdoored", tmp_path / "weights"))
+    images = shutil.copytree(patient.folder / "images", tmp_path / "images")
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    record = json.loads((copied / "config.json").read_text())
+    record["options"] |= {"checkpoint": "gone.safetensors", "data": "gone", "trigger": "gone.json", "device": "cuda:9"}
+    (copied / "config.json").write_text(json.dumps(record))
+    assert call(EvaluateConfig, evaluate, [str(copied)])[0] == 2
+    moved = ["--checkpoint", str(weights / "backdoored.safetensors"), "--trigger", str(weights / "trigger.json")]
+    code, out, err = call(EvaluateConfig, evaluate, [str(copied), *moved, "--data", images, "--device", "cpu"])
+    assert (code, err) == (0, "") and "Every figure agrees" in out
+
+
 def test_evaluate_refuses_what_is_no_finished_run(copied: Path) -> None:
     (copied / "report.json").unlink()
     code, _, err = call(EvaluateConfig, evaluate, [str(copied)])

@@ -29,9 +29,8 @@ def attack(config: AttackConfig) -> None:
     """Train a network on poisoned data and say how well the backdoor works."""
     if config.checkpoint is not None:
         raise ConfigError(f"--checkpoint {config.checkpoint}: a test model is trained from scratch; leave it out")
-    check_output(config.out, "--out", folder=True)
+    out = check_output(config.out, "--out", folder=True).resolve()
     inputs = open_inputs(config.resolved())
-    out = config.out.expanduser().resolve()
     with console.status("training ...") as status:
         trigger = make_backdoored_model(
             inputs, out, config.seed, config.training,
@@ -40,9 +39,7 @@ def attack(config: AttackConfig) -> None:
     console.print(f"{out / 'backdoored.safetensors'}, trigger to {trigger.target}: {out / 'trigger.json'}")
     made = open_inputs(AttackConfig(**{**vars(inputs.config), "checkpoint": out / "backdoored.safetensors"}))
     judge = Judge(made, out / "trigger.json" if made.dataset("test") is not None else None)
-    train = made.dataset("train")
-    assert train is not None
-    measured = judge(KeepMask.all_kept(index_units(made.model, tuple(train[0][0].shape))))
+    measured = judge(KeepMask.all_kept(index_units(made.model, made.image_shape)))
     if measured is not None and measured.asr is not None:
         console.print(f"test images: CA {measured.ca:.1%}, ASR {measured.asr:.1%}")
 

@@ -28,6 +28,7 @@ from onp.data import DefenceData
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.judge import ALL_TO_ALL, meant
+from onp.sources import sources_sha256
 from onp.verdict import finite
 
 FALSE_ALARMS = 0.05
@@ -62,11 +63,11 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
     """Verdict, recovered trigger and sample detection for every network and seed. The same command goes on."""
     if config.images < 10:
         raise ConfigError(f"--images {config.images}: expected at least 10")
-    check_output(config.out, "--out", folder=True)
+    out = check_output(config.out, "--out", folder=True)
     records = []
     for seed in config.seeds:
         for suspect in read_suites(config.models, config.folders):
-            path = config.out / f"{suspect.name}-seed{seed}.json"
+            path = out / f"{suspect.name}-seed{seed}.json"
             if not path.exists():
                 with console.status(f"{path.stem} ..."):
                     write_json(path, measure_detection(suspect, config, seed))
@@ -80,7 +81,7 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
 
 def _read(path: Path, suspect: Suspect, config: DetectBenchConfig) -> dict[str, Any]:
     record: dict[str, Any] = read_json(path)
-    if record.get("subject") != _subject(suspect, config) or "agreement" not in record:
+    if record.get("subject") != _subject(suspect, config):
         raise ConfigError(f"{path} is of another network, options or version; remove it, or give another --out")
     return record
 
@@ -88,7 +89,8 @@ def _read(path: Path, suspect: Suspect, config: DetectBenchConfig) -> dict[str, 
 def _subject(suspect: Suspect, config: DetectBenchConfig) -> str:
     """What a record depends on."""
     files = [sha256(path) for path in (suspect.checkpoint, suspect.trigger) if path is not None]
-    return repr((suspect, files, config.images, config.defence_size, config.threads, config.device, config.detection))
+    options = config.images, config.defence_size, config.threads, config.device, config.detection
+    return repr((suspect, files, options, sources_sha256(), torch.__version__))
 
 
 def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) -> dict[str, Any]:

@@ -98,8 +98,7 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
         raise ConfigError(
             f"--checkpoint {config.checkpoint} fits one network; give one in --networks, not {config.networks}"
         )
-    if config.json is not None:
-        check_output(config.json, "--json")
+    json_file = check_output(config.json, "--json") if config.json is not None else None
     devices = [torch_device(name) for name in config.devices or ("cpu", "cuda")[: 1 + torch.cuda.is_available()]]
     rows: list[Row] = []
     for name, device in product(config.networks, devices):
@@ -116,9 +115,9 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
         rows += bench.rows()
         console.print(_table(rows[-3:], f"{name}, {config.images} images, {config.threads} threads, {device}"))
         bench.report_costs()
-    if config.json is not None:
+    if json_file is not None:
         text = json.dumps([asdict(row) for row in rows], indent=1)
-        write_atomically(config.json, lambda temporary: temporary.write_text(text))
+        write_atomically(json_file, lambda temporary: temporary.write_text(text))
 
 
 class _Bench:

@@ -100,8 +100,7 @@ def run_networks(config: NetworksConfig) -> None:
             f"--images {config.images}, --image-size {config.image_size}, --threads {config.threads}: expected at "
             "least 1, 1 and 0"
         )
-    if config.json is not None:
-        check_output(config.json, "--json")
+    json_file = check_output(config.json, "--json") if config.json is not None else None
     if config.onnx:
         require_onnx()
     if config.threads:
@@ -110,8 +109,8 @@ def run_networks(config: NetworksConfig) -> None:
     for name in config.networks:
         with console.status(f"{name} ..."):
             rows.append(_row(name, config))
-        if config.json is not None:
-            write_json(config.json, [asdict(row) for row in rows])
+        if json_file is not None:
+            write_json(json_file, [asdict(row) for row in rows])
     wide = max(console.width, WIDTH)  # a file or a pipe has 80 columns otherwise
     Console(width=wide, markup=False, emoji=False).print(_table(rows))
     for row in rows:

@@ -24,13 +24,14 @@ from onp.bench.suite import Suspect, read_suites
 from onp.checkpoints import load_checkpoint, read_json, sha256, write_json
 from onp.commands import check_output, console
 from onp.data import DefenceData
-from onp.errors import CheckpointError, ConfigError
+from onp.errors import ConfigError, MisfitError
 from onp.finetuning import FinetuneConfig, learn_on
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.judge import meant
 from onp.masks import KeepMask, apply_mask
 from onp.report import LABELS, Judge
 from onp.run_folder import RunFolder, patient, trigger_path
+from onp.sources import sources_sha256
 from onp.stages import STAGES, rows_of
 from onp.units import UnitIndex, index_units
 
@@ -64,24 +65,26 @@ class RelearnConfig:
 def run_relearn(config: RelearnConfig) -> None:
     """Attack success rate of purified networks that learn on, along the steps. The same command goes on."""
     _check(config)
-    check_output(config.out, "--out", folder=True)
+    out = check_output(config.out, "--out", folder=True)
     twins, records = read_suites(config.twins, config.folders) if config.twins else [], []
     for folder in find_runs(config.runs):
         subject = Subject(folder, twins)
+        if twins and subject.twin is None:
+            console.print(f"{folder.path.name}: none of --twins is such a network of as many classes", highlight=False)
         for method in (*config.methods, *([TWIN] if subject.twin else [])):
             for count in config.triggered:
                 for seed in config.seeds:
-                    path = config.out / folder.path.name / f"{method}-{count}-seed{seed}.json"
+                    path = out / folder.path.name / f"{method}-{count}-seed{seed}.json"
                     if not path.exists():
                         with console.status(f"{folder.path.name}, {path.stem} ..."):
                             write_json(path, measure_relearning(subject, method, count, seed, config))
                     records.append(record := read_json(path))
                     if record.get("subject") != subject.key(method, config):
                         raise ConfigError(f"{path} is of another network or other options; give another --out")
-    write_results(config.out, records)
+    write_results(out, records)
     for table in make_tables(records):
         console.print(table)
-    console.print(f"Figures: {config.out / 'relearn.json'}, {config.out / 'relearn.png'}", soft_wrap=True)
+    console.print(f"Figures: {out / 'relearn.json'}, {out / 'relearn.png'}", soft_wrap=True)
 
 
 def _check(config: RelearnConfig) -> None:
@@ -123,7 +126,7 @@ class Subject:
             return None
         try:
             return open_inputs(replace(self.config, checkpoint=twin.checkpoint, mean=twin.mean, std=twin.std))
-        except CheckpointError:
+        except MisfitError:
             return None
 
     @cached_property
@@ -152,7 +155,7 @@ class Subject:
         opened = self.twin.config if self.twin is not None and method == TWIN else self.config
         paths = (opened.checkpoint, self.trigger, self.folder.file("masks", f"{name}.json"), self.folder.weights(name))
         files = [sha256(path) for path in paths if path is not None and path.is_file()]
-        return repr((files, config.steps, config.images, config.training))
+        return repr((files, opened, config.steps, config.images, config.training, sources_sha256(), torch.__version__))
 
     def learner(self, method: str) -> tuple[nn.Module, KeepMask]:
         """The network that a method left, and what of it stays pruned. Raises `ConfigError` where there is none."""

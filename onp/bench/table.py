@@ -17,7 +17,7 @@ from onp.bench.table_report import Failure, Results, make_tables, percent, ratin
 from onp.bench.verdicts import Verdict
 from onp.checkpoints import read_json
 from onp.commands import console
-from onp.errors import ConfigError, OnpError
+from onp.errors import ConfigError, FileError, OnpError
 from onp.inputs import InputConfig
 from onp.purification import PurifyConfig
 from onp.report import read_report
@@ -73,7 +73,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "report.json").exists() and not missing_stages(self.options)
+        """A run whose report is damaged is not: it is tried, and fails by itself."""
+        try:
+            return (self.path / "report.json").exists() and not missing_stages(self.options)
+        except FileError:
+            return False
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ def run_terms(config: TermsConfig) -> None:
     suspects = [suspect for suspect in read_suites(config.models, config.folders) if suspect.trigger is not None]
     if not suspects:
         raise ConfigError("--models: no network with a trigger; without one there is no ASR to predict")
-    if config.json is not None:
-        check_output(config.json, "--json")
+    json_file = check_output(config.json, "--json") if config.json is not None else None
     records = []
     table = Table(title="rank correlation with minus ASR", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("network", "masks", *COLUMNS):
@@ -69,8 +68,8 @@ def run_terms(config: TermsConfig) -> None:
             records.append(record := correlate(suspect, config))
         cells = (record[name] for name in COLUMNS)
         table.add_row(suspect.name, str(record["masks"]), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
-        if config.json is not None:
-            write_json(config.json, records)
+        if json_file is not None:
+            write_json(json_file, records)
     console.print(table)
 
 
