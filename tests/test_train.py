@@ -427,7 +427,7 @@ def test_evaluate_notices_a_changed_mask(copied: Path, patient: Patient, method:
 
 def test_evaluate_finds_what_was_moved(run: Path, patient: Patient, tmp_path: Path) -> None:
     weights = Path(shutil.copytree(patient.folder / "backdoored", tmp_path / "weights"))
-    images = shutil.copytree(patient.folder / "images", tmp_path / "images")
+    images = str(shutil.copytree(patient.folder / "images", tmp_path / "images"))
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     record = json.loads((copied / "config.json").read_text())
     record["options"] |= {"checkpoint": "gone.safetensors", "data": "gone", "trigger": "gone.json", "device": "cuda:9"}
