@@ -1,4 +1,4 @@
-"""How far a recovered trigger stands out from its rivals, and how probable that makes a backdoor."""
+"""How probable a recovered trigger that stands out makes a backdoor."""
 
 from __future__ import annotations
 
@@ -28,30 +28,6 @@ class Calibration:
         return 1 / (1 + math.exp(-self.intercept - self.weight * strength))
 
 
-def runner_up(sizes: tuple[float, ...]) -> float:
-    """The smallest size but one."""
-    return sorted(sizes)[1]
-
-
-def lead(size: float, rival: float, least: float, most: float) -> float:
-    """How many times as large as `size` the rival's is, at least 1; both count as within `least` and `most`."""
-    first, second = (min(max(value, least), most) for value in (size, rival))
-    return max(second / first, 1.0)
-
-
-def limits(mask: RecoveredTrigger) -> tuple[float, float]:
-    """The least and the largest size that a mask counts as, in pixels.
-
-    It can cover the whole image; where less than a pixel leads to a class, images are sent there without it.
-    """
-    return 1.0, float(mask.masks[0].numel())
-
-
-def mask_lead(mask: RecoveredTrigger) -> float:
-    """How many times as large as the smallest mask of a class that of any other is."""
-    return lead(min(mask.sizes), runner_up(mask.sizes), *limits(mask))
-
-
 def conclusive(mask: RecoveredTrigger, probability: float) -> bool:
     """Whether the masks of classes alone speak for a backdoor with so much probability."""
-    return Calibration.of_package()(math.log(mask_lead(mask))) >= probability
+    return Calibration.of_package()(math.log(mask.lead)) >= probability

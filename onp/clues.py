@@ -10,13 +10,14 @@ from typing import Literal
 
 from torch import nn
 
-from baselines_rnp.calibration import conclusive, lead, limits, mask_lead, runner_up
+from baselines_rnp.calibration import conclusive
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import plain_weights
 from onp.checks import check_network
 from onp.config import DetectionConfig
 from onp.data import DefenceData
 from onp.journal import Journal
+from onp.smallest import SmallestTrigger, lead
 from onp.trigger_recovery import RecoveredTrigger, recover_trigger
 from onp.untargeted_recovery import UntargetedTrigger, recover_untargeted_trigger
 from onp.warp_recovery import RecoveredWarp, recover_warp
@@ -57,13 +58,9 @@ class Clues:
 
         The rival of the untargeted mask is the smallest mask of a class.
         """
-        leads: dict[Family, float] = {"mask": mask_lead(self.mask)}
-        if self.warp is not None:
-            leads["warp"] = lead(min(self.warp.sizes), runner_up(self.warp.sizes), *self.warp.limits)
-        if self.wave is not None:
-            leads["wave"] = lead(min(self.wave.sizes), runner_up(self.wave.sizes), *self.wave.limits)
+        leads = {family: found.lead for family, found in self.triggers.items() if isinstance(found, SmallestTrigger)}
         if self.untargeted is not None:
-            leads["all-to-all"] = lead(self.untargeted.size, min(self.mask.sizes), *limits(self.mask))
+            leads["all-to-all"] = lead(self.untargeted.size, min(self.mask.sizes), *self.mask.limits)
         return leads
 
     @property

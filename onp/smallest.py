@@ -17,6 +17,36 @@ from onp.config import TriggerRecoveryConfig, WarpRecoveryConfig, WaveRecoveryCo
 from onp.data import DefenceData
 
 
+class SmallestTrigger(ABC):
+    """The smallest trigger to a class, and how large that to any other class has to be."""
+
+    target: int
+    """class with the smallest trigger"""
+    sizes: tuple[float, ...]
+    """per class, the size of its smallest trigger; infinite where none worked or was looked for"""
+
+    @property
+    @abstractmethod
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest size that a trigger of this kind counts as."""
+
+    @property
+    def lead(self) -> float:
+        """How many times as large as the smallest trigger that of the runner-up's class is."""
+        smallest, rival = sorted(self.sizes)[:2]
+        return lead(smallest, rival, *self.limits)
+
+    def goals(self, labels: Tensor) -> Tensor:
+        """The classes that it leads images of classes `labels` to, (n,)."""
+        return torch.full_like(labels, self.target)
+
+
+def lead(size: float, rival: float, least: float, most: float) -> float:
+    """How many times as large as `size` the rival's is, at least 1; both count as within `least` and `most`."""
+    first, second = (min(max(value, least), most) for value in (size, rival))
+    return max(second / first, 1.0)
+
+
 class SmallestSearch(ABC):
     """Of searches side by side, one for each of `targets`, the smallest triggers so far that worked.
 

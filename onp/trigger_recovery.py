@@ -17,7 +17,7 @@ from onp.config import TriggerRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.pattern_recovery import FaintPattern, recover_faint
-from onp.smallest import SmallestSearch, towards
+from onp.smallest import SmallestSearch, SmallestTrigger, towards
 
 Goal = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """loss and success, (n,) each, of logits (n, classes), given what is searched for and the images' numbers, (n,) each"""
@@ -42,7 +42,7 @@ class Patch:
 
 
 @dataclass(frozen=True, eq=False)
-class RecoveredTrigger:
+class RecoveredTrigger(SmallestTrigger):
     """The recovered trigger of the suspect class in one or more variants, and the evidence against every class."""
 
     target: int
@@ -74,9 +74,13 @@ class RecoveredTrigger:
         """The smallest variant."""
         return Patch(self.masks[0], self.patterns[0])
 
-    def goals(self, labels: Tensor) -> Tensor:
-        """The classes that it leads images of classes `labels` to, (n,)."""
-        return torch.full_like(labels, self.target)
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest size that a mask counts as, in pixels.
+
+        It can cover the whole image; where less than a pixel leads to a class, images are sent there without it.
+        """
+        return 1.0, float(self.masks[0].numel())
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, for keeping."""

@@ -16,11 +16,11 @@ from onp.config import WarpRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.smallest import SmallestSearch
+from onp.smallest import SmallestSearch, SmallestTrigger
 
 
 @dataclass(frozen=True, eq=False)
-class RecoveredWarp:
+class RecoveredWarp(SmallestTrigger):
     """The smallest warp that works, and the evidence against every class."""
 
     target: int
@@ -35,10 +35,6 @@ class RecoveredWarp:
     def __call__(self, images: Tensor) -> Tensor:
         """Warp images of shape (n, channels, height, width) twice as far, as a `Patch` is doubled."""
         return warp(images, (2 * self.flow).expand(len(images), *self.flow.shape))
-
-    def goals(self, labels: Tensor) -> Tensor:
-        """The classes that it leads images of classes `labels` to, (n,)."""
-        return torch.full_like(labels, self.target)
 
     @property
     def limits(self) -> tuple[float, float]:

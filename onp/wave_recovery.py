@@ -17,11 +17,11 @@ from onp.config import WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.freezing import frozen
 from onp.logits import logits_of
-from onp.smallest import SmallestSearch
+from onp.smallest import SmallestSearch, SmallestTrigger
 
 
 @dataclass(frozen=True, eq=False)
-class RecoveredWave:
+class RecoveredWave(SmallestTrigger):
     """The smallest wave that works, and the evidence against every class."""
 
     target: int
@@ -34,10 +34,6 @@ class RecoveredWave:
     def __call__(self, images: Tensor) -> Tensor:
         """Add it to images of shape (n, channels, height, width) in [0, 1], doubled as a `Patch` is."""
         return (images + 2 * self.pattern).clamp(0, 1)
-
-    def goals(self, labels: Tensor) -> Tensor:
-        """The classes that it leads images of classes `labels` to, (n,)."""
-        return torch.full_like(labels, self.target)
 
     @property
     def limits(self) -> tuple[float, float]:

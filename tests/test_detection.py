@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from toy_networks import linear
 
-from baselines_rnp.calibration import Calibration, conclusive, lead, runner_up
+from baselines_rnp.calibration import Calibration, conclusive
 from baselines_rnp.label_detection import Evidence, collapse, find_evidence, weigh
 from baselines_rnp.patch_recovery import recover_patches, success
 from onp.attacks.triggers import Trigger
@@ -19,6 +19,7 @@ from onp.clues import Clues
 from onp.config import DetectionConfig, TriggerRecoveryConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
 from onp.errors import ModelError
+from onp.smallest import lead
 from onp.suspicious_units import suspicious_units
 from onp.trigger_recovery import MaskSearch, Patch, RecoveredTrigger
 from onp.units import index_units
@@ -123,7 +124,6 @@ def evidence(
 
 
 def test_a_lead_is_how_many_times_the_size_the_rival_is() -> None:
-    assert runner_up((8.0, 2.0, 6.0)) == 6
     assert lead(2.0, 6.0, 1, 64) == 3
     assert lead(2.0, math.inf, 1, 4) == 2, "bounded by the most"
     assert lead(9.0, math.inf, 1, 4) == 1 and lead(math.inf, math.inf, 1, 4) == 1
