@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2 as transforms
 
@@ -292,6 +292,16 @@ def _digits(split: Split, size: int, channels: int) -> ImageDataset:
     order = balanced_order(labels, seed=0)
     chosen = order[500:] if split == "train" else order[:500]
     return TensorImages(images[chosen], labels[chosen])
+
+
+class Thinned(Subset[tuple[Tensor, int]]):
+    """At most `size` images of a dataset, evenly drawn along its order."""
+
+    def __init__(self, dataset: ImageDataset, size: int) -> None:
+        labels = labels_of(dataset)
+        size = min(size, len(labels))
+        super().__init__(dataset, [number * len(labels) // size for number in range(size)])
+        self.targets = [labels[index] for index in self.indices]
 
 
 class TensorImages(Dataset[tuple[Tensor, int]]):

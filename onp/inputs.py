@@ -19,6 +19,7 @@ from onp.data import (
     ImageDataset,
     Normalisation,
     Split,
+    Thinned,
     balanced_order,
     class_count,
     draw_defence_data,
@@ -29,7 +30,7 @@ from onp.errors import ConfigError, DataError, first_line
 from onp.models import build_model, is_ours
 from onp.seeding import check_seed
 
-MOST_CLASSES, LARGEST_SIDE, MOST_THREADS = 100_000, 4096, 1024
+MOST_CLASSES, MOST_IMAGES, LARGEST_SIDE, MOST_THREADS = 100_000, 10**9, 4096, 1024
 KINDS = {"model": str, "data": str, "device": str, "defence_size": int, "seed": int, "threads": int}
 """types of options as a run records them"""
 
@@ -49,6 +50,8 @@ class InputConfig:
     fashion_mnist, gtsrb (downloaded by torchvision)"""
     defence_size: int = 500
     """clean images that the defender has, drawn from train/, equally many per class as far as they go"""
+    test_size: int | None = None
+    """test images to judge on, evenly drawn; all by default"""
     mean: tuple[float, ...] = ()
     """per-channel mean of the input normalisation; none by default"""
     std: tuple[float, ...] = ()
@@ -121,9 +124,12 @@ class Inputs:
     """(channels, height, width) of the training images"""
 
     def dataset(self, split: Split) -> ImageDataset | None:
-        """All images of a split; None where a folder has no test/."""
+        """The images of a split, of test/ at most `test_size`; None where a folder has none."""
         config = self.config
-        return load_dataset(config.data, split, self.channels, config.image_size, config.download_root)
+        dataset = load_dataset(config.data, split, self.channels, config.image_size, config.download_root)
+        if split == "train" or dataset is None or config.test_size is None:
+            return dataset
+        return Thinned(dataset, config.test_size)
 
     def defence_data(self) -> DefenceData:
         """The clean images that the defender has."""
@@ -192,7 +198,7 @@ def open_inputs(config: InputConfig) -> Inputs:
     """Build the network, load its weights strictly, and check that there are images to train on."""
     check_seed(config.seed)
     use_threads(config.threads)
-    for name, most in (("image_size", LARGEST_SIDE), ("num_classes", MOST_CLASSES)):
+    for name, most in (("image_size", LARGEST_SIDE), ("num_classes", MOST_CLASSES), ("test_size", MOST_IMAGES)):
         if (value := getattr(config, name)) is not None and not (type(value) is int and 1 <= value <= most):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected 1 to {most}")
     if config.channels not in (None, 1, 3):

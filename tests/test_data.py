@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,23 @@ def test_random_crop_and_flip_depends_on_the_seed_alone() -> None:
     assert torch.equal(torch.rand(3), after), "the global generator is left alone"
     assert torch.equal(random_crop_and_flip(images, 7), first)
     assert not torch.equal(random_crop_and_flip(images, 8), first)
+
+
+def test_few_test_images_are_evenly_drawn(folder: Path) -> None:
+    config = InputConfig(model="small_cnn", data=str(folder), image_size=16, test_size=5)
+    for number in range(103, 114):
+        write_image(folder / "test" / "cow" / f"{number}.png", (number, number, number))
+    few = open_inputs(config).dataset("test")
+    assert few is not None and labels_of(few) == [0, 2, 2, 2, 2], "of one ant and 13 cows"
+    ((images, labels),) = batches(few)
+    assert labels.tolist() == labels_of(few)
+    assert (images[:, 0, 0, 0] * 255).round().tolist() == [102, 101, 105, 108, 111], "numbers 0, 2, 5, 8, 11 of 14"
+    assert torch.equal(next(batches(in_memory(few)))[0], images)
+    for size in (14, 1000):
+        every = open_inputs(replace(config, test_size=size)).dataset("test")
+        assert every is not None and labels_of(every) == [0] + 13 * [2]
+    train = open_inputs(config).dataset("train")
+    assert train is not None and len(labels_of(train)) == 24
 
 
 def test_few_images_are_read_once(folder: Path) -> None:

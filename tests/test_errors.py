@@ -197,6 +197,7 @@ BAD = [
     ("--model wide_resnet16_1", "good.safetensors keys"),
     ("--data {}/more_classes", "4 classes 3 outputs"),
     ("--defence-size 0", "--defence-size 0"),
+    ("--test-size 0", "--test-size 0"),
     ("--defence-size -1", "--defence-size -1"),
     ("--defence-size 7", "--defence-size 7 6"),
     ("--checkpoint {}/nan.safetensors", "NaN 4.weight"),

@@ -44,6 +44,8 @@ class TableConfig:
     """where data lies that the networks' files only name, as cifar10=FOLDER gtsrb=FOLDER"""
     defence_size: int = InputConfig.defence_size
     """clean images that the defender has"""
+    test_size: int | None = InputConfig.test_size
+    """test images to judge on, evenly drawn; all by default"""
     device: str = InputConfig.device
     """cpu, cuda, cuda:1, ... or auto (cuda where there is one)"""
     threads: int = InputConfig.threads
@@ -144,7 +146,7 @@ def _options(config: TableConfig, suspect: Suspect, out: Path, seed: int, budget
     values["stages"] = config.stages
     values["always"] = True  # the gated figures follow from the verdict
     del values["name"]
-    common = {name: getattr(config, name) for name in ("defence_size", "device", "threads")}
+    common = {name: getattr(config, name) for name in ("defence_size", "test_size", "device", "threads")}
     return TrainConfig(**values, **common).resolved()
 
 
