@@ -52,9 +52,10 @@ def test_a_summary_over_seeds() -> None:
     assert many["steps_until"] == 20, "the median of 20, 5 and never"
     assert (twin["method"], twin["steps_until"]) == ("twin", None)
     assert none["triggered"] == 0
-    (table,) = make_tables(records)
-    assert list(table.columns[0].cells) == ["ONP", "ONP", "never backdoored"]
-    assert list(table.columns[-2].cells) == ["never", "20", "never"]
+    harmless, table = make_tables(records)
+    assert list(harmless.columns[0].cells) == ["ONP"] and "0 triggered" in str(harmless.title)
+    assert list(table.columns[0].cells) == ["ONP", "never backdoored"]
+    assert list(table.columns[-2].cells) == ["20", "never"]
 
 
 # --- what is learned from -------------------------------------------------------------------------------------

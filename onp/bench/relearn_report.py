@@ -66,20 +66,25 @@ def _group(record: Record) -> tuple[str, int, str]:
 
 
 def make_tables(records: list[Record]) -> list[Table]:
-    """A table a run: ASR behind each number of steps, steps until 50 %, CA before and at the end."""
+    """A table a run and number of triggered images: ASR by steps, steps until 50 %, CA before and at the end."""
     tables = []
-    for run, members in groupby(summarise(records), key=lambda item: item["run"]):
-        group = sorted(members, key=lambda item: item["triggered"])
-        table = Table(title=f"{run}: ASR % while it learns on", title_justify="left", box=None, padding=(0, 1, 0, 0))
+
+    def place(item: Record) -> tuple[str, int]:
+        return item["run"], item["triggered"]
+
+    for (run, count), members in groupby(sorted(summarise(records), key=place), key=place):
+        group = list(members)
+        title = f"{run}, {count} triggered: ASR % by steps"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         table.add_column("network", no_wrap=True)
         steps = [f"step {step}" if not step else str(step) for step in group[0]["steps"]]
-        for name in ("triggered", *steps, "50 % at", "CA %"):
+        for name in (*steps, "50 % at", "CA %"):
             table.add_column(name, justify="right", no_wrap=True)
         for item in group:
             until = item["steps_until"]
             cells = [f"{100 * asr:.1f}" for asr in item["asr"]] + ["never" if until is None else f"{until:g}"]
             ends = " > ".join(f"{100 * item['ca'][place]:.1f}" for place in (0, -1))
-            table.add_row(label(item["method"]), str(item["triggered"]), *cells, ends)
+            table.add_row(label(item["method"]), *cells, ends)
         tables.append(table)
     return tables
 
