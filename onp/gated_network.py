@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from onp.errors import ModelError
 from onp.gated_graph import GatedGraph, is_plain
 from onp.masks import Rule
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS, operation, shape_of
@@ -64,8 +63,7 @@ class GatedNetwork(GatedGraph):
         super().__init__(model, index, input_shape, device)
         self.nodes = list(self.graph_module.graph.nodes)
         self.output = self.nodes[-1].args[0]
-        if not isinstance(self.output, fx.Node) or shape_of(self.output) is None:
-            raise ModelError(f"{type(model).__name__} gives more than one tensor; it has to give the logits alone")
+        assert isinstance(self.output, fx.Node)  # a network that gives one tensor: `trace` refuses others
         self.parts = self._find_parts()
         """convolutions, and sums of a convolution that nothing else reads with another node: what they are made of"""
         self.absorbed = {part.convolution for node, part in self.parts.items() if part.convolution is not node}

@@ -374,7 +374,7 @@ def test_images_share_the_effect_of_what_none_of_them_is_in(inputs: Tensor, rand
     [
         (weight_read_elsewhere, "b.weight is also used as b.weight, outside its layer"),
         (writes_out, "fill_.. works in place and has no twin"),
-        (two_outputs, "gives more than one tensor"),
+        (two_outputs, "gives something else than one tensor"),
     ],
 )
 def test_networks_that_gates_cannot_stand_for_are_refused(forward: Any, words: str, inputs: Tensor) -> None:

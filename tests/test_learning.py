@@ -21,6 +21,8 @@ from onp.trigger_recovery import RecoveredTrigger
 
 UNITS, STEPS, BUDGET = 32, 8, 1500
 BAD = frozenset({3, 8, 13, 17, 22, 29})
+LEARNED = len(BAD) - 1
+"""return of a policy that has learned; the last unit depends on how a processor rounds"""
 
 
 class PlantedObjective(Objective):
@@ -76,7 +78,8 @@ def test_the_toy_is_no_giveaway(env: PruningEnv) -> None:
             if column.unique().numel() > 1:
                 assert set(column.topk(len(BAD)).indices.tolist()) != BAD, f"{name} alone gives the bad units away"
     generator = np.random.default_rng(0)
-    assert np.mean([random_return(env, generator) for _ in range(100)]) < 0.5 * len(BAD)
+    returns = [random_return(env, generator) for _ in range(100)]
+    assert np.mean(returns) < 0.5 * len(BAD) and max(returns) < LEARNED
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -87,5 +90,5 @@ def test_ppo_learns_what_no_prior_knows(env: PruningEnv, seed: int) -> None:
     curve = train_agent(agent, config, BUDGET, lambda used, budget: None)
     assert np.mean(curve.returns[:30]) < 0.5 * len(BAD)
     assert np.mean(curve.returns[-50:]) > np.mean(curve.returns[:50]) + 0.4 * len(BAD)
-    assert roll_out(agent, env) >= 0.9 * len(BAD)
+    assert roll_out(agent, env) >= LEARNED
     assert env.reward_evaluations <= BUDGET + 1

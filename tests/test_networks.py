@@ -176,5 +176,5 @@ def test_a_network_that_gives_more_than_logits() -> None:
     with pytest.raises(ModelError, match="Auxiliary gives something else than one tensor; wrap it"):
         index_units(Auxiliary(), (3, 8, 8))
     data = DefenceData(torch.rand(6, 3, 8, 8), torch.arange(6) % 3, 3)
-    with pytest.raises(ModelError, match=r"Auxiliary gives a tuple for two images; expected logits of shape \(2, cla"):
+    with pytest.raises(ModelError, match=r"Auxiliary gives a tuple for 2 images; expected logits of shape \(2, cla"):
         check_network(Auxiliary(), data)
