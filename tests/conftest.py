@@ -11,6 +11,12 @@ from torch import nn
 torch.set_num_threads(1)  # networks this small lose by threads; cores are for workers (-n)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """A test that runs a command may leave other threads, and with them other rounding, to those behind it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def randomised() -> Callable[..., nn.Module]:
     """`randomised(model, seed)`: random affine and running statistics in every batch-norm, eval mode.

@@ -22,7 +22,7 @@ from onp.trigger_recovery import RecoveredTrigger
 UNITS, STEPS, BUDGET = 32, 8, 1500
 BAD = frozenset({3, 8, 13, 17, 22, 29})
 LEARNED = 4.0
-"""mean return of a policy that has learned; single episodes come out otherwise where memory is aligned otherwise"""
+"""mean return of a policy that has learned"""
 
 
 class PlantedObjective(Objective):
@@ -91,5 +91,5 @@ def test_ppo_learns_what_no_prior_knows(env: PruningEnv, seed: int) -> None:
     assert np.mean(curve.returns[:30]) < 0.5 * len(BAD)
     assert np.mean(curve.returns[-50:]) > np.mean(curve.returns[:50]) + 0.4 * len(BAD)
     assert np.mean(curve.returns[-50:]) >= LEARNED
-    assert roll_out(agent, env) >= 0.5 * len(BAD)
+    assert roll_out(agent, env) >= len(BAD) - 1  # the last unit depends on how a processor rounds
     assert env.reward_evaluations <= BUDGET + 1
