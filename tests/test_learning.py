@@ -21,8 +21,6 @@ from onp.trigger_recovery import RecoveredTrigger
 
 UNITS, STEPS, BUDGET = 32, 8, 1500
 BAD = frozenset({3, 8, 13, 17, 22, 29})
-LEARNED = 4.0
-"""mean return of a policy that has learned"""
 
 
 class PlantedObjective(Objective):
@@ -90,6 +88,6 @@ def test_ppo_learns_what_no_prior_knows(env: PruningEnv, seed: int) -> None:
     curve = train_agent(agent, config, BUDGET, lambda used, budget: None)
     assert np.mean(curve.returns[:30]) < 0.5 * len(BAD)
     assert np.mean(curve.returns[-50:]) > np.mean(curve.returns[:50]) + 0.4 * len(BAD)
-    assert np.mean(curve.returns[-50:]) >= LEARNED
+    assert np.mean(curve.returns[-50:]) >= 2 / 3 * len(BAD)
     assert roll_out(agent, env) >= len(BAD) - 1  # the last unit depends on how a processor rounds
     assert env.reward_evaluations <= BUDGET + 1

@@ -18,7 +18,7 @@ from tiny_run import tiny_options
 from onp.attacks.triggers import Trigger
 from onp.bench import relearn
 from onp.bench.relearn import RelearnConfig, Subject, find_runs, poisoned, run_relearn
-from onp.bench.relearn_report import make_tables, steps_until, summarise
+from onp.bench.relearn_report import make_tables, markdown, steps_until, summarise
 from onp.data import DefenceData
 from onp.errors import CheckpointError, ConfigError
 from onp.finetuning import FinetuneConfig
@@ -47,11 +47,15 @@ def test_a_summary_over_seeds() -> None:
     ]  # fmt: skip
     many, twin, none = summarise(records)
     assert (many["method"], many["triggered"], many["seeds"], many["steps"]) == ("onp", 5, 3, [0, 5, 20])
-    assert many["asr"] == pytest.approx([0.1, 0.3, 0.6]) and many["ca"] == pytest.approx([0.9, 0.85, 0.7])
+    assert [value.mean for value in many["asr"]] == pytest.approx([0.1, 0.3, 0.6])
+    assert [value.mean for value in many["ca"]] == pytest.approx([0.9, 0.85, 0.7])
     assert many["asr_range"] == [[0.0, 0.2], [0.2, 0.5], [0.4, 0.8]]
     assert many["steps_until"] == 20, "the median of 20, 5 and never"
     assert (twin["method"], twin["steps_until"]) == ("twin", None)
     assert none["triggered"] == 0
+    text = markdown([many, twin])
+    assert "| ONP | 5 | 3 | 90.0 ± 0.0 | 10.0 ± 10.0 | 30.0 ± 17.3 | 60.0 ± 20.0 | 70.0 ± 0.0 |" in text
+    assert "| never backdoored | 5 | 1 | 90.0 | 0.0 | 10.0 | 20.0 | 70.0 |" in text
     harmless, table = make_tables(records)
     assert list(harmless.columns[0].cells) == ["ONP"] and "0 triggered" in str(harmless.title)
     assert list(table.columns[0].cells) == ["ONP", "never backdoored"]

@@ -84,7 +84,7 @@ def run_relearn(config: RelearnConfig) -> None:
     write_results(out, records)
     for table in make_tables(records):
         console.print(table)
-    console.print(f"Figures: {out / 'relearn.json'}, {out / 'relearn.png'}", soft_wrap=True)
+    console.print(f"Table: {out / 'relearn.md'}, {out / 'relearn.json'}, {out / 'relearn.png'}", soft_wrap=True)
 
 
 def _check(config: RelearnConfig) -> None:

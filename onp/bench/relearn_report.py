@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby
 from math import inf
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
+from onp.bench.aggregates import Spread, spread, written
+from onp.bench.table_report import markdown_table
 from onp.checkpoints import write_atomically, write_json
 from onp.report import LABELS
 
@@ -43,7 +46,7 @@ def steps_until(record: Record) -> float:
 
 
 def summarise(records: list[Record]) -> list[Record]:
-    """Over seeds, in the order of the first records: means along the steps, and the median of `steps_until`."""
+    """Over seeds, in the order of the first records: spreads along the steps, and the median of `steps_until`."""
     order = list(dict.fromkeys(_group(record) for record in records))
     summaries = []
     for key, members in groupby(sorted(records, key=lambda record: order.index(_group(record))), key=_group):
@@ -53,8 +56,8 @@ def summarise(records: list[Record]) -> list[Record]:
         summaries.append({
             "run": key[0], "triggered": key[1], "method": key[2], "seeds": len(group),
             "steps": [same[0]["steps"] for same in points],
-            "ca": [mean(point["ca"] for point in same) for same in points],
-            "asr": [mean(point["asr"] for point in same) for same in points],
+            "ca": [spread(point["ca"] for point in same) for same in points],
+            "asr": [spread(point["asr"] for point in same) for same in points],
             "asr_range": [[min(part := [point["asr"] for point in same]), max(part)] for same in points],
             "steps_until": until if until < inf else None,
         })  # fmt: skip
@@ -66,7 +69,7 @@ def _group(record: Record) -> tuple[str, int, str]:
 
 
 def make_tables(records: list[Record]) -> list[Table]:
-    """A table a run and number of triggered images: ASR by steps, steps until 50 %, CA before and at the end."""
+    """A table a run and number of triggered images: mean ASR by steps, steps until 50 %, mean CA at both ends."""
     tables = []
 
     def place(item: Record) -> tuple[str, int]:
@@ -82,18 +85,43 @@ def make_tables(records: list[Record]) -> list[Table]:
             table.add_column(name, justify="right", no_wrap=True)
         for item in group:
             until = item["steps_until"]
-            cells = [f"{100 * asr:.1f}" for asr in item["asr"]] + ["never" if until is None else f"{until:g}"]
-            ends = " > ".join(f"{100 * item['ca'][place]:.1f}" for place in (0, -1))
+            cells = [f"{100 * asr.mean:.1f}" for asr in item["asr"]] + ["never" if until is None else f"{until:g}"]
+            ends = " > ".join(f"{100 * item['ca'][place].mean:.1f}" for place in (0, -1))
             table.add_row(label(item["method"]), *cells, ends)
         tables.append(table)
     return tables
 
 
 def write_results(out: Path, records: list[Record]) -> None:
-    """Write `relearn.json` and `relearn.png`."""
+    """Write `relearn.md`, `relearn.json` and `relearn.png`."""
     summaries = summarise(records)
     _draw(out / "relearn.png", summaries)
-    write_json(out / "relearn.json", {"summaries": summaries, "records": records})
+    text = markdown(summaries)
+    write_atomically(out / "relearn.md", lambda temporary: temporary.write_text(text))
+    spreads = [
+        {**item, **{name: [asdict(value) for value in item[name]] for name in ("ca", "asr")}} for item in summaries
+    ]
+    write_json(out / "relearn.json", {"summaries": spreads, "records": records})
+
+
+def markdown(summaries: list[Record]) -> str:
+    """A table a run: CA before, ASR by steps and CA at the end, in %, mean ± deviation over seeds."""
+
+    def cell(value: Spread) -> str:
+        return written(value, 100, 1)
+
+    parts = []
+    for run, members in groupby(sorted(summaries, key=lambda item: item["run"]), key=lambda item: item["run"]):
+        group = list(members)
+        steps = [f"ASR behind {step} steps" for step in group[0]["steps"]]
+        rows = [
+            [label(item["method"]), str(item["triggered"]), str(item["seeds"]), cell(item["ca"][0]),
+             *map(cell, item["asr"]), cell(item["ca"][-1])]
+            for item in group
+        ]  # fmt: skip
+        heading = ("network", "triggered images", "seeds", "CA before", *steps, "CA then")
+        parts += [f"## {run}", "", *markdown_table(heading, rows), ""]
+    return "\n".join(parts)
 
 
 def _draw(path: Path, summaries: list[Record]) -> None:
@@ -108,7 +136,7 @@ def _draw(path: Path, summaries: list[Record]) -> None:
     for item in summaries:
         axes = grid[runs.index(item["run"])][counts.index(item["triggered"])]
         colour = STYLES.get(item["method"], "tab:olive")
-        (line,) = axes.plot(item["steps"], [100 * asr for asr in item["asr"]], ".-", color=colour, clip_on=False)
+        (line,) = axes.plot(item["steps"], [100 * asr.mean for asr in item["asr"]], ".-", color=colour, clip_on=False)
         low, high = ([100 * ends[side] for ends in item["asr_range"]] for side in (0, 1))
         axes.fill_between(item["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
         drawn.setdefault(label(item["method"]), line)

@@ -128,17 +128,18 @@ def _markdown(results: Results) -> str:
     if results.pending:
         lines += [f"**Partial: {results.pending} runs to come.**", ""]
     if results.failures:
-        lines += ["## Failed runs", "", *_grid(*_failure_lines(results.failures)), ""]
+        lines += ["## Failed runs", "", *markdown_table(*_failure_lines(results.failures)), ""]
     for model, aggregates in _by_model(cells):
-        lines += [f"## {model}", "", *_grid(*_model_lines(aggregates)), ""]
+        lines += [f"## {model}", "", *markdown_table(*_model_lines(aggregates)), ""]
     for title, statement in _statements(results):
-        lines += [f"## {title}", "", *_grid(*statement), ""]
+        lines += [f"## {title}", "", *markdown_table(*statement), ""]
     if any(cell.der is not None for cell in cells):
         lines += ["## Plots", "", "![DER](plots/der.png)", "![CA loss and ASR](plots/ca_loss_asr.png)"]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _grid(heading: tuple[str, ...], rows: Iterable[list[str]]) -> list[str]:
+def markdown_table(heading: tuple[str, ...], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a table in Markdown; columns but the first, and those in `TEXTS`, are figures."""
     rule = ["---" if name in TEXTS or not number else "---:" for number, name in enumerate(heading)]
     lines = ["| " + " | ".join(heading) + " |", "|" + "|".join(rule) + "|"]
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
