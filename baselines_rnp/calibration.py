@@ -20,7 +20,7 @@ class Calibration:
     @classmethod
     def of_package(cls) -> Calibration:
         """The one that comes with the package; `calibration.json` says how it was made."""
-        record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())
+        record = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text(encoding="utf-8"))
         return cls(record["weight"], record["intercept"])
 
     def __call__(self, strength: float) -> float:

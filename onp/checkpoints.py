@@ -204,15 +204,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8, whatever the locale's encoding, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write readable JSON, atomically."""
-    text = json.dumps(content, indent=1, default=str) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises `FileError` where it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is no readable JSON ({error}); restore it") from error

@@ -115,7 +115,7 @@ class Clues:
 
     @property
     def trust(self) -> float:
-        """How far the reward trusts its guide."""
+        """How far the reward trusts its guide: as far as the family that speaks loudest stands out."""
         return self._trust(self.family)
 
     def _trust(self, family: Family) -> float:

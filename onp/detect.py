@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baselines_rnp.label_detection import find_evidence
 from baselines_rnp.patch_recovery import recover_patches
-from onp.checkpoints import write_atomically, write_json
+from onp.checkpoints import write_atomically, write_json, write_text
 from onp.commands import check_output, console, run_command
 from onp.config import DetectionConfig
 from onp.errors import ConfigError
@@ -75,7 +75,7 @@ def detect(config: DetectConfig) -> int:
         from onp.detect_page import render  # draws, which a verdict does not need
 
         page = render(record, inputs, data, evidence, patches, samples)
-        write_atomically(config.html, lambda temporary: temporary.write_text(page))
+        write_text(config.html, page)
         console.print(f"Page: {config.html}", soft_wrap=True)
     return EVIDENCE if record["verdict"] == "evidence" else 0
 

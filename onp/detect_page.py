@@ -41,7 +41,7 @@ def render(
     samples: Samples | None,
 ) -> str:
     """The page as text, for a `record` of `onp.verdict.make_record`."""
-    template = resources.files("onp").joinpath("templates", "detect.html").read_text()
+    template = resources.files("onp").joinpath("templates", "detect.html").read_text(encoding="utf-8")
     names = [row["name"] for row in record["classes"]]
     rows = by_suspicion(record)
     units = units_of(record)

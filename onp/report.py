@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from baselines_rnp.rnp import threshold_masks
-from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json
+from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json, write_text
 from onp.data import ImageDataset, in_memory, labels_of
 from onp.errors import ConfigError, DataError, FileError
 from onp.inputs import Inputs
@@ -217,7 +217,7 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
     _plot(folder.file("plots", "learning_curve.png"), lambda axes: _draw_curve(axes, results["onp"]))
     _plot(folder.file("plots", "pruned_per_layer.png"), lambda axes: _draw_layers(axes, results["onp"].mask, index))
     text = _markdown(rows, results["onp"].mask, facts)
-    write_atomically(folder.file("report.md"), lambda temporary: temporary.write_text(text))
+    write_text(folder.file("report.md"), text)
     record = {"rows": [dataclasses.asdict(row) for row in rows], "pruning_path": path, **facts}
     write_json(folder.file("report.json"), record)
 
@@ -248,7 +248,7 @@ def add_stage_rows(folder: RunFolder, stages: list[str], judge: Judge, index: Un
     )
     facts = {name: value for name, value in report.items() if name not in ("rows", "pruning_path")}
     text = _markdown(rows, folder.load_mask("onp", index), facts)
-    write_atomically(folder.file("report.md"), lambda temporary: temporary.write_text(text))
+    write_text(folder.file("report.md"), text)
     write_json(folder.file("report.json"), {**report, "rows": [dataclasses.asdict(row) for row in rows]})
 
 

@@ -75,6 +75,7 @@ def complete_run(
             )
         if not missing_stages(config):
             console.print(f"This run is complete: {folder.path}")
+        console.print(headline(read_json(folder.file("clues.json"))), soft_wrap=True, highlight=False)
         _add_stages(config, folder, console, others)
         return folder
     inputs = open_inputs(config)

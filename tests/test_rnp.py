@@ -229,6 +229,19 @@ def test_unlearning_that_never_reaches_the_stop_is_not_repeated(tiny: tuple[Tiny
     assert same(plain.model.state_dict(), found.model.state_dict())
 
 
+def test_unlearning_keeps_a_copy_that_fell_too_soon_where_a_slower_one_never_falls(
+    tiny: tuple[TinyNet, UnitIndex],
+) -> None:
+    model, data = tiny[0], tiny_data()
+    learn(model, data)
+    config = UnlearnConfig(learning_rate=0.2, batch_size=8, milestones=(), stop_accuracy=0.3, max_epochs=2)
+    rates = (0.2, 0.2 / 3, 0.2 / 3 / 3)
+    plain = [unlearn(model, data, replace(config, learning_rate=rate), seed=0) for rate in rates]
+    assert [run.reached for run in plain] == [True, True, False]
+    found = unlearn(model, data, replace(config, min_steps=50), seed=0)
+    assert found.reached and same(plain[1].model.state_dict(), found.model.state_dict())
+
+
 class Wrong(nn.Module):
     """Always says class 2, which no image has; counts its calls, those of its copies too."""
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from onp.checkpoints import write_atomically
+from onp.checkpoints import write_atomically, write_json
 from onp.errors import DataError
 from onp.images import read_image
 from onp.judge import ALL_TO_ALL, Target
@@ -74,7 +74,7 @@ class Trigger:
             record[name] = f"{path.stem}_{name}.npy"
             array = getattr(self, name).numpy().astype(np.float32)
             write_atomically(path.with_name(record[name]), partial(np.save, arr=array))
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=1) + "\n"))
+        write_json(path, record)
 
 
 def _warp(images: Tensor, flow: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _digest(images: Tensor) -> Tensor:
 def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> Trigger:
     """Read a specification for images of `image_shape`; raises `DataError` naming what is wrong with it."""
     try:
-        spec = json.loads(path.read_text())
+        spec = json.loads(path.read_text(encoding="utf-8"))
         target, mode = spec["target"], spec["mode"]
         target = target if target == ALL_TO_ALL else operator.index(target)
         if mode not in get_args(Mode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents.ppo import build_agent
 from envs.pruning import PruningEnv
 from onp import load_defence_data
-from onp.checkpoints import load_checkpoint, write_atomically
+from onp.checkpoints import load_checkpoint, write_json
 from onp.clues import Clues, find_clues
 from onp.commands import check_output, console, release_freed_memory
 from onp.config import AgentConfig, EnvConfig
@@ -116,8 +115,7 @@ def run_engine_bench(config: EngineBenchConfig) -> None:
         console.print(_table(rows[-3:], f"{name}, {config.images} images, {config.threads} threads, {device}"))
         bench.report_costs()
     if json_file is not None:
-        text = json.dumps([asdict(row) for row in rows], indent=1)
-        write_atomically(json_file, lambda temporary: temporary.write_text(text))
+        write_json(json_file, [asdict(row) for row in rows])
 
 
 class _Bench:

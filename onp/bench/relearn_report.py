@@ -17,7 +17,7 @@ from rich.table import Table
 
 from onp.bench.aggregates import Spread, spread, written
 from onp.bench.table_report import markdown_table
-from onp.checkpoints import write_atomically, write_json
+from onp.checkpoints import write_atomically, write_json, write_text
 from onp.report import LABELS
 
 Record = dict[str, Any]
@@ -97,7 +97,7 @@ def write_results(out: Path, records: list[Record]) -> None:
     summaries = summarise(records)
     _draw(out / "relearn.png", summaries)
     text = markdown(summaries)
-    write_atomically(out / "relearn.md", lambda temporary: temporary.write_text(text))
+    write_text(out / "relearn.md", text)
     spreads = [
         {**item, **{name: [asdict(value) for value in item[name]] for name in ("ca", "asr")}} for item in summaries
     ]

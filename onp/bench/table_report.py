@@ -30,7 +30,7 @@ from onp.bench.aggregates import (
 )
 from onp.bench.table_plots import draw_ratings, draw_trade
 from onp.bench.verdicts import Verdict, detections
-from onp.checkpoints import write_atomically, write_json
+from onp.checkpoints import write_json, write_text
 from onp.report import LABELS
 
 Lines = tuple[tuple[str, ...], list[list[str]]]
@@ -88,7 +88,7 @@ def write_table(out: Path, results: Results) -> None:
         draw_ratings(out / "plots" / "der.png", cells)
         draw_trade(out / "plots" / "ca_loss_asr.png", cells)
     text = _markdown(results)
-    write_atomically(out / "table.md", lambda temporary: temporary.write_text(text))
+    write_text(out / "table.md", text)
     write_json(out / "table.json", record)
 
 
