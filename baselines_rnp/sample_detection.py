@@ -14,14 +14,18 @@ from onp.data import DefenceData
 from onp.logits import logits_of
 
 
-def unlearned_agreement(model: nn.Module, unlearned: nn.Module, images: Tensor, data: DefenceData) -> Tensor:
-    """Probability, by the unlearned copy, of the class that `model` gives; (n,) for (n, channels, height, width).
+def unlearned_log_odds(model: nn.Module, unlearned: nn.Module, images: Tensor, data: DefenceData) -> Tensor:
+    """Log-odds, by the unlearned copy, of the class that `model` gives; (n,) for (n, channels, height, width).
 
     `images` are in [0, 1]; the higher, the more suspicious. No target is asked for, so all-to-all is no exception.
+    (Probabilities would do for images of other classes than the target's. The copy gives nearly all images that one,
+    with probabilities that round to 1: then clean images of the target's class look triggered.)
     """
     inputs = data.normalise(images)
     predicted = logits_of(model, inputs).argmax(1, keepdim=True)
-    return logits_of(unlearned, inputs).softmax(1).gather(1, predicted).squeeze(1)
+    logits = logits_of(unlearned, inputs)
+    others = logits.scatter(1, predicted, -torch.inf)
+    return logits.gather(1, predicted).squeeze(1) - others.logsumexp(1)
 
 
 def strip(model: nn.Module, images: Tensor, data: DefenceData, seed: int, overlays: int = 16) -> Tensor:

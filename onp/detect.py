@@ -116,7 +116,7 @@ def show(record: dict[str, Any]) -> None:
         console.print(f"Mask recovered through {SOURCES[source]}: {told}", soft_wrap=True, highlight=False)
     for sample in (record["samples"] or [])[:SHOWN]:
         console.print(
-            f"  {sample['score']:.3f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",
+            f"  {sample['score']:7.1f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",
             soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from baselines_rnp.label_detection import Evidence
 from baselines_rnp.patch_recovery import Source, success
-from baselines_rnp.sample_detection import unlearned_agreement
+from baselines_rnp.sample_detection import unlearned_log_odds
 from onp.checkpoints import sha256
 from onp.data import DefenceData
 from onp.errors import ModelError
@@ -102,7 +102,7 @@ def _units(inputs: Inputs, data: DefenceData, evidence: Evidence) -> list[str]:
 def _ranked(inputs: Inputs, data: DefenceData, evidence: Evidence, samples: Samples) -> list[dict[str, Any]]:
     """The samples, the most suspicious first; `percentile` is the fraction of clean images with a lower score."""
     scores, clean = (
-        unlearned_agreement(inputs.model, evidence.unlearned, images.to(inputs.device), data).cpu()
+        unlearned_log_odds(inputs.model, evidence.unlearned, images.to(inputs.device), data).cpu()
         for images in (samples.images, data.images)
     )
     return [

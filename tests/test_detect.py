@@ -226,7 +226,6 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     assert (record["backdoored"], record["target"], record["suspect"]) == (True, 2, 2)
     assert record["patches"]["network"]["IoU"] == 1 and record["patches"]["network"]["success"] == 1
     assert set(record["patches"]) == {"network", "unlearned"}
-    assert record["samples"]["unlearned"] == {"auroc": 1.0, "tpr": 1.0}
     assert "clean: 0 false alarms of 1" in text
     assert "evidence for 1 of 1, with the right class for 1" in text
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -236,7 +235,7 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     code, text = call(bench.main, *arguments, "--detection.warp.steps", "9")
     assert code == 2 and "of another network, options or version" in text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onp.bench.detect.sources_sha256", lambda: "of other code")
+        patch.setattr("onp.bench.records.sources_sha256", lambda: "of other code")
         assert call(bench.main, *arguments)[0] == 2
     fit = ("onp.bench", "calibrate", "--out", f"{tmp_path}/fit.json", "--records")
     assert call(bench.main, *fit, f"{out}")[0] == 2, "the masks of one were conclusive"
@@ -245,3 +244,31 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     code, text = call(bench.main, *fit, f"{tmp_path}/whole")
     assert code == 0 and "1 clean and 1 backdoored networks; 0 and 0 are taken" in text
     assert json.loads((tmp_path / "fit.json").read_text())["networks"] == ["bad-seed0", "clean-seed0"]
+
+
+def test_the_bench_of_samples_takes_clean_images_of_all_classes(folder: Path, tmp_path: Path) -> None:
+    """24 test images of three classes: clean all of them, triggered those that are not of the target's."""
+    common = {"model": "network.py:linear", "data": "images"}
+    suite = [
+        {"name": "bad", "checkpoint": "bad.safetensors", "trigger": "trigger.json", **common},
+        {"name": "clean", "checkpoint": "clean.safetensors", "trigger": None, **common},
+    ]
+    (folder / "suite.json").write_text(json.dumps(suite))
+    seen = []
+    out, options = tmp_path / "records", ("--images", "24", "--defence-size", "24", "--threads", "1")
+
+    def rates(truth: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
+        seen.append((truth.tolist(), scores.tolist()))
+        return {"auroc": 0.75, "tpr": 0.5}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onp.bench.samples.rates", rates)
+        code, text = call(
+            bench.main, "onp.bench", "samples", "--models", f"{folder}/suite.json", "--out", f"{out}", *options
+        )
+    assert code == 0 and "unlearned copy: mean AUROC 0.750, mean TPR at 5 % FPR 0.500" in text
+    assert [path.name for path in out.iterdir()] == ["bad-seed0.json"], "a clean network has no triggered samples"
+    assert [truth for truth, _ in seen] == [[False] * 24 + [True] * 16] * 2
+    assert min(seen[0][1][24:]) > max(seen[0][1][:24]), "of one class or not, clean images rank below"
+    record = json.loads((out / "bad-seed0.json").read_text())
+    assert record["strip"] == {"auroc": 0.75, "tpr": 0.5}

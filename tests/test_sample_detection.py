@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from toy_networks import linear
 
-from baselines_rnp.sample_detection import strip, unlearned_agreement
-from onp.bench.detect import rates
+from baselines_rnp.sample_detection import strip, unlearned_log_odds
+from onp.bench.samples import rates
 from onp.data import DefenceData
 from onp.errors import DataError
 from onp.samples import load_samples
@@ -24,9 +24,20 @@ def test_the_unlearned_copy_agrees_on_triggered_images_alone() -> None:
     unlearned = linear(torch.tensor([[0.0, 2.0, 0.0], [2.0, 0.0, 9.0]]))
     images = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]).view(3, 1, 1, 3)
     data = DefenceData(images, torch.zeros(3, dtype=torch.long), 2)
-    scores = unlearned_agreement(network, unlearned, images, data)
-    expected = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-11))]
-    assert scores.tolist() == pytest.approx(expected, rel=1e-4)
+    scores = unlearned_log_odds(network, unlearned, images, data)
+    assert scores.tolist() == pytest.approx([-2, -2, 11], rel=1e-4)
+
+
+def test_clean_images_of_the_target_class_rank_below_triggered_ones() -> None:
+    """The copy is sure of class 1 for both; as a probability that rounds to 1, but the trigger makes it surer."""
+    network = linear(torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 9.0], [0.0, 0.0, 0.0]]))
+    unlearned = linear(torch.tensor([[0.0, 0.0, 0.0], [0.0, 40.0, 60.0], [0.0, 0.0, 3.0]]))
+    clean, triggered = [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]
+    images = torch.tensor([clean, triggered]).view(2, 1, 1, 3)
+    data = DefenceData(images, torch.zeros(2, dtype=torch.long), 3)
+    assert unlearned(images).softmax(1)[:, 1].tolist() == [1.0, 1.0]
+    scores = unlearned_log_odds(network, unlearned, images, data).tolist()
+    assert scores == pytest.approx([40 - math.log(2), 60 - math.log(1 + math.exp(3))], rel=1e-5)
 
 
 def test_strip_is_the_entropy_of_mixtures() -> None:

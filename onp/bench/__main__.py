@@ -12,6 +12,7 @@ BENCHES = {
     "networks": ("NetworksConfig", "run_networks"),
     "table": ("TableConfig", "run_table"),
     "terms": ("TermsConfig", "run_terms"),
+    "samples": ("SamplesConfig", "run_samples"),
     "detect": ("DetectBenchConfig", "run_detect_bench"),
     "relearn": ("RelearnConfig", "run_relearn"),
     "calibrate": ("CalibrateConfig", "run_calibrate"),

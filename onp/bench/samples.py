@@ -1,0 +1,100 @@
+"""Triggered samples among clean ones: how well the unlearned copy and STRIP tell them apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+from rich.table import Table
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+from baselines_rnp.sample_detection import strip, unlearned_log_odds
+from baselines_rnp.unlearn import unlearn
+from onp.attacks.triggers import Trigger, load_trigger
+from onp.bench.aggregates import spread, written
+from onp.bench.records import RecordsConfig, make_records, open_suspect
+from onp.bench.suite import Suspect
+from onp.commands import console
+from onp.config import DetectionConfig, UnlearnConfig
+from onp.data import DefenceData
+from onp.errors import ConfigError
+from onp.inputs import Inputs
+from onp.judge import meant
+
+FALSE_ALARMS = 0.05
+"""false positive rate at which the true positive rate is read"""
+SCORES = {"unlearned": "unlearned copy", "strip": "STRIP"}
+RATES = {"auroc": "AUROC", "tpr": "TPR"}
+COLUMNS = [(score, rate) for score in SCORES for rate in RATES]
+
+
+@dataclass(frozen=True)
+class SamplesConfig(RecordsConfig):
+    """Options of `python -m onp.bench samples`."""
+
+    out: Path = Path("samples")
+    """folder for a record of every network and seed; what is there is not measured again"""
+    unlearn: UnlearnConfig = field(default_factory=lambda: DetectionConfig().unlearn)
+    """how the unlearned copy is made"""
+
+
+def run_samples(config: SamplesConfig) -> None:
+    """Area under ROC, and true positive rate at 5 % false alarms, by network and score. The same command goes on."""
+    records = make_records(config, measure_samples, backdoored=True)
+    table = Table(title="triggered samples", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("network")
+    for score, rate in COLUMNS:
+        table.add_column(f"{SCORES[score]}, {RATES[rate]}", justify="right")
+    for name in dict.fromkeys(record["network"] for record in records):
+        group = [record for record in records if record["network"] == name]
+        table.add_row(name, *(written(spread(record[score][rate] for record in group)) for score, rate in COLUMNS))
+    console.print(table)
+    for name, title in SCORES.items():
+        auroc, tpr = (mean(record[name][rate] for record in records) for rate in RATES)
+        console.print(f"{title}: mean AUROC {auroc:.3f}, mean TPR at 5 % FPR {tpr:.3f}", highlight=False)
+
+
+def measure_samples(suspect: Suspect, config: SamplesConfig, seed: int) -> dict[str, dict[str, float]]:
+    """Rates of each score of `SCORES` on test images: clean ones of all classes, and triggered ones of others."""
+    assert suspect.trigger is not None
+    inputs = open_suspect(suspect, config, seed)
+    data = inputs.defence_data()
+    trigger = load_trigger(suspect.trigger, data.input_shape, inputs.classes)
+    unlearned = unlearn(inputs.model, data, config.unlearn, seed).model
+    clean = draw_images(inputs, data, config.images, seed)
+    triggered = trigger(of_others(clean, trigger, inputs).images)
+    samples = torch.cat([clean.images, triggered]).to(inputs.device)
+    truth = torch.arange(len(samples)) >= len(clean)
+    scores = {
+        "unlearned": unlearned_log_odds(inputs.model, unlearned, samples, data),
+        "strip": strip(inputs.model, samples, data, seed),
+    }
+    return {name: rates(truth, score.cpu()) for name, score in scores.items()}
+
+
+def draw_images(inputs: Inputs, data: DefenceData, images: int, seed: int) -> DefenceData:
+    """Up to `images` test images, on the CPU."""
+    dataset = inputs.dataset("test")
+    if dataset is None:
+        raise ConfigError(f"{inputs.config.data} has no test/ to take samples from")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images]  # type: ignore[arg-type]
+    drawn = [dataset[number] for number in order.tolist()]
+    labels = torch.tensor([label for _, label in drawn])
+    return replace(data, images=torch.stack([image for image, _ in drawn]), labels=labels)
+
+
+def of_others(test: DefenceData, trigger: Trigger, inputs: Inputs) -> DefenceData:
+    """Those that the trigger is meant to take to another class."""
+    others = meant(test.labels, trigger.target, inputs.classes) != test.labels
+    if not bool(others.any()):
+        raise ConfigError(f"{inputs.config.data}: no test image drawn is of another class than the trigger's; add some")
+    return replace(test, images=test.images[others], labels=test.labels[others])
+
+
+def rates(truth: Tensor, scores: Tensor) -> dict[str, float]:
+    """AUROC and TPR at 5 % FPR of `scores` (n,) for `truth` (n,)."""
+    wrong, right, _ = roc_curve(truth, scores)
+    return {"auroc": float(roc_auc_score(truth, scores)), "tpr": float(right[wrong <= FALSE_ALARMS].max())}
