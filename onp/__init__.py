@@ -20,6 +20,7 @@ warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
 
 if TYPE_CHECKING:
     from onp.data import DefenceData as DefenceData
+    from onp.data import Normalisation as Normalisation
     from onp.export import export_onnx as export_onnx
     from onp.export import export_program as export_program
     from onp.finetuning import FinetuneConfig as FinetuneConfig
@@ -41,6 +42,7 @@ _HOMES = {
     "DefenceData": "onp.data",
     "FinetuneConfig": "onp.finetuning",
     "KeepMask": "onp.masks",
+    "Normalisation": "onp.data",
     "PurifyConfig": "onp.purification",
     "UnitIndex": "onp.units",
     "apply_mask": "onp.masks",

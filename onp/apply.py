@@ -17,6 +17,7 @@ import tyro
 from rich.table import Table
 from torch import nn
 
+from baselines_rnp.label_detection import clean_accuracy
 from onp.checkpoints import load_checkpoint, save_weights, sha256, write_json
 from onp.commands import console, run_command
 from onp.data import DefenceData
@@ -89,6 +90,7 @@ def apply(config: ApplyConfig) -> int:
             "std": config.std,
             "input_shape": data.input_shape,
             "images": len(data),
+            "accuracy": [clean_accuracy(network, data) for network in (inputs.model, purified)],
             "units": len(mask.index),
             "units_pruned": mask.units_pruned,
             "units_removed": len(shrunk.removed),
@@ -163,6 +165,12 @@ def _show(record: dict[str, Any], out: Path) -> None:
         console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     if len(zeros) > REASONS:
         console.print(f"  ... and {len(zeros) - REASONS} more in deploy.json", style="dim")
+    before, after = record["accuracy"]
+    console.print(
+        f"accuracy on {record['images']} clean images: {before:.1%} before, {after:.1%} after (if that is low, check "
+        "--mean, --std and --image-size: program.pt2 and model.onnx hold them)",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
     for name in ("parameters", "multiply_adds"):
         before, after = record[name]
         console.print(f"{name.replace('_', '-')}: {before:,} before, {after:,} after ({after / before - 1:+.1%})")

@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -75,9 +77,17 @@ def _read(path: Path) -> Any:
         return _read_pytorch(path)
     except Exception as error:
         raise CheckpointError(
-            f"{path} is not a file of plain weights ({first_line(error)[:120]}); give one of model.state_dict(), "
+            f"{path} is not a file of plain weights ({_reason(error)}); give one of model.state_dict(), "
             "and load no pickled model where a stranger's program could do harm (SECURITY.md)"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Of PyTorch's refusals without its advice how to load the file all the same."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return first_line(error)[:120]
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it asks for {found[1]}, which would run on loading" if found else "it holds more than tensors"
 
 
 def _read_pytorch(path: Path) -> Any:

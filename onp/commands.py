@@ -11,14 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from onp.errors import ConfigError, OnpError
+from onp.errors import ConfigError, OnpError, first_line
 from onp.units import UnitIndex
 
 Config = TypeVar("Config")
+SAVE_MEMORY = "smaller images (--image-size) and fewer of them (--defence-size) need less"
 console = Console(markup=False, emoji=False)  # names of files and classes are no markup
 
 
@@ -59,10 +61,16 @@ def check_output(path: Path, option: str, folder: bool = False) -> Path:
     return path
 
 
+def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
+    """PyTorch's allocator on the CPU has no error of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:
     """Parse `config` from the command line and run `job`; exit with its code.
 
-    On bad input that is one line and code 2, on a full disk or another of its failures one line and `os.EX_IOERR`.
+    On bad input that is one line and code 2, on a full disk or another of its failures one line and `os.EX_IOERR`,
+    where memory does not suffice `os.EX_OSERR`.
     """
     keep_freed_memory()
     log = logging.getLogger("onp")
@@ -76,6 +84,11 @@ def run_command(config: type[Config], job: Callable[[Config], int | None], progr
     except OSError as error:
         print(f"error: {error}; what was written before is whole", file=sys.stderr)
         code = os.EX_IOERR
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        print(f"error: out of memory ({first_line(error)[:120]}); {SAVE_MEMORY}", file=sys.stderr)
+        code = os.EX_OSERR
     except KeyboardInterrupt:
         print("stopped; what was written before is whole", file=sys.stderr)
         code = 130

@@ -6,6 +6,7 @@ last, by `Normalisation`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ NAMED_DATA = ("digits", "cifar10", "fashion_mnist", "gtsrb")
 """data sets that `--data` knows by name; all but `digits` are downloaded by torchvision"""
 GREY = ("digits", "fashion_mnist")
 """those of one channel"""
+logger = logging.getLogger(__name__)
 IN_MEMORY = 1 << 30
 """bytes of images that are read once and kept, rather than read again"""
 
@@ -148,7 +150,7 @@ def draw_defence_data(
     """Draw `size` images, equally many per class as far as they go. Raises `DataError` where that is impossible."""
     labels = torch.tensor(labels_of(dataset))
     if not 1 <= size <= len(labels):
-        raise DataError(f"--defence-size {size}: expected 1 to {len(labels)}, the number of training images")
+        raise DataError(f"--defence-size {size}: expected 1 to {len(labels)}, the number of images in train/")
     if int(labels.max()) >= num_classes:
         raise DataError(
             f"the data has labels up to {int(labels.max())}; the network knows classes 0 to {num_classes - 1}"
@@ -176,6 +178,12 @@ class ImageFolder(datasets.ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         found, index = super().find_classes(directory)
         if self.given_classes is None:
+            if all(name.isdecimal() for name in found) and found != sorted(found, key=int):
+                logger.warning(
+                    "classes are taken in the order %s, ...; if the network's outputs are in that of the numbers, "
+                    "rename them: 02, not 2",
+                    ", ".join(found[:4]),
+                )
             return found, index
         unknown = sorted(set(found) - set(self.given_classes))
         if unknown:
@@ -192,8 +200,10 @@ class ImageFolder(datasets.ImageFolder):
             files = [os.path.join(root, file) for root, _, names in walked for file in sorted(names)]
             images = [(file, label) for file in files if file.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
             if not images:
-                raise DataError(f"no images in {directory}/{name}: expected .png or .jpg; fill the class or remove it")
+                logger.warning("no images in %s/%s; the classes behind it keep their numbers", directory, name)
             samples += images
+        if not samples:
+            raise DataError(f"no images in {directory}: expected CLASS/IMAGE.png or .jpg")
         return samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

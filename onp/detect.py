@@ -108,7 +108,7 @@ def show(record: dict[str, Any]) -> None:
             f"Mask without a target: {size:.2f} pixels, spread {record['spread']:.2f} (1: each class to its own)",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
-    for source, found in record["recovered"].items():
+    for source, found in record["recovered"].items() if record["verdict"] == "evidence" else ():
         told = "none that works"
         if found["pixels"] is not None:
             told = f"{found['pixels']:.2f} pixels, fools the network on {found['success']:.0%} of the clean images"

@@ -26,7 +26,7 @@ from onp.data import (
     labels_of,
     load_dataset,
 )
-from onp.errors import ConfigError, DataError, first_line
+from onp.errors import ConfigError, DataError, MisfitError, first_line
 from onp.models import build_model, is_ours
 from onp.seeding import check_seed
 
@@ -210,7 +210,11 @@ def open_inputs(config: InputConfig) -> Inputs:
     classes = class_count(train)
     model = build_model(config.model, channels, config.num_classes or classes)
     if config.checkpoint is not None:
-        load_checkpoint(model, config.checkpoint)
+        try:
+            load_checkpoint(model, config.checkpoint)
+        except MisfitError as error:
+            built = f"--model {config.model} was built for {config.num_classes or classes} classes, {channels} channels"
+            raise MisfitError(f"{error}; {built}: check it, --num-classes and --channels") from error
     shape = tuple(train[0][0].shape)
     outputs = _outputs(model, shape)
     if classes > outputs:

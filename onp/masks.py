@@ -152,7 +152,10 @@ class KeepMask:
             record = read_json(Path(path))
         except FileError as error:
             raise MaskError(f"{error}, or give masks/METHOD.json of a run") from error
-        return cls.from_json(index, record)
+        try:
+            return cls.from_json(index, record)
+        except MaskError as error:
+            raise MaskError(f"{path}: {error}") from error
 
 
 def apply_mask(model: nn.Module, mask: KeepMask) -> None:

@@ -155,14 +155,15 @@ class Purification:
         clues = find_clues(self.model, self.data, self.config.env, self.config.seed, journal, self.on_clue)
         return clues, time.perf_counter() - start + journal.seconds
 
-    @cached_property
-    def timed_evidence(self) -> tuple[Evidence, float]:
-        """What the clues say about a backdoor, and the seconds that all of it took.
-
-        Raises `ModelError` where there is nothing to judge, but with `config.always`.
-        """
+    def check(self) -> None:
+        """Raise `ModelError` where there is nothing to judge, but with `config.always`."""
         if not self.config.always:
             check_skill(self.model, self.data)
+
+    @cached_property
+    def timed_evidence(self) -> tuple[Evidence, float]:
+        """What the clues say about a backdoor, and the seconds that all of it took. Raises what `check` does."""
+        self.check()
         clues, seconds = self.timed_clues
         start = time.perf_counter()
         evidence = weigh(self.model, self.data, clues)

@@ -141,7 +141,7 @@ class RunFolder:
 
     def load_mask(self, method: str, index: UnitIndex) -> KeepMask | None:
         path = self.file("masks", f"{method}.json")
-        return KeepMask.from_json(index, read_json(path)) if path.exists() else None
+        return KeepMask.load(index, path) if path.exists() else None
 
     def rnp_values(self) -> Tensor | None:
         """RNP's recovered mask values, (N,); None where RNP could not run."""

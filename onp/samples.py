@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torchvision.transforms import v2 as transforms
 
 from onp.errors import DataError
 from onp.images import read_image
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,8 @@ def load_samples(folder: Path, shape: tuple[int, ...], resize: bool) -> Samples:
     paths = tuple(sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS))
     if not paths:
         raise DataError(f"--samples {folder}: no images found; give a folder that holds {', '.join(IMG_EXTENSIONS)}")
+    if skipped := sum(path.is_file() for path in folder.rglob("*")) - len(paths):
+        logger.warning("--samples %s: %d files skipped, which are no images by their suffix", folder, skipped)
     return Samples(paths, torch.stack([_read(path, shape, resize) for path in paths]))
 
 

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from onp.config import TriggerRecoveryConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
 
+AT_ONCE = 2**22
+"""pixel values that go through the networks at once, unless one search alone needs more"""
+
 
 class SmallestTrigger(ABC):
     """The smallest trigger to a class, and how large that to any other class has to be."""
@@ -102,25 +105,38 @@ class SmallestSearch(ABC):
         config, data = self.config, self.data
         searches = searches.to(data.images.device)
         batch = min(config.batch_size, len(data))
-        targets = self.targets[searches].repeat_interleave(batch)
+        width = max(1, AT_ONCE // (batch * data.images[0].numel()))
         variables = [values[searches].clone().requires_grad_() for values in self.variables]
         optimizer = torch.optim.Adam(variables, config.learning_rate, betas=self.betas)
         for step in range(config.steps):
             chosen = torch.randint(len(data), (batch,), generator=self.generator).to(searches.device)
-            triggered, sizes, made = self.trigger(data.images[chosen], *variables)
-            inputs = data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
-            losses, hits = (
-                values.float().view(len(searches), batch).mean(1)
-                for values in self.aim(inputs, targets, chosen.repeat(len(searches)))
-            )
             optimizer.zero_grad()
-            (losses + self.weights[searches] * sizes).sum().backward()
-            better = self._record(searches, sizes.detach(), hits, step)
+            parts = [
+                self._climb(searches[part], [values[part] for values in variables], chosen)
+                for part in torch.arange(len(searches), device=searches.device).split(width)
+            ]
+            sizes, hits, *made = (torch.cat(values) for values in zip(*parts, strict=True))
+            better = self._record(searches, sizes, hits, step)
             for smallest, values in zip(self.found, made, strict=True):
-                smallest[searches[better]] = values.detach()[better]
+                smallest[searches[better]] = values[better]
             optimizer.step()
         for kept, values in zip(self.variables, variables, strict=True):
             kept[searches] = values.detach()
+
+    def _climb(self, searches: Tensor, variables: list[Tensor], chosen: Tensor) -> list[Tensor]:
+        """Add to the gradients what `searches` say on the images `chosen`.
+
+        Returns sizes, the fractions of the images that were led astray, and what the triggers are made of, (n, ...).
+        """
+        triggered, sizes, made = self.trigger(self.data.images[chosen], *variables)
+        inputs = self.data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+        targets = self.targets[searches].repeat_interleave(len(chosen))
+        losses, hits = (
+            values.float().view(len(searches), len(chosen)).mean(1)
+            for values in self.aim(inputs, targets, chosen.repeat(len(searches)))
+        )
+        (losses + self.weights[searches] * sizes).sum().backward()
+        return [values.detach() for values in (sizes, hits, *made)]
 
     def _record(self, searches: Tensor, sizes: Tensor, hits: Tensor, step: int) -> Tensor:
         """Take in a step of `searches`: sizes, and the fractions of a batch that were led astray; (n,) each.

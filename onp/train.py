@@ -81,6 +81,8 @@ def complete_run(
     inputs = open_inputs(config)
     judge = Judge(inputs, config.trigger)
     purification = Purification(inputs.model, inputs.defence_data(), config)
+    if not demonstration:
+        purification.check()
     folder = RunFolder.create_or_resume(config.run_dir, config)
     if demonstration:
         inputs = _make_demonstration(config, folder, inputs, console)

@@ -270,9 +270,23 @@ def test_a_killed_command_leaves_no_folder_of_that_name(inputs: Path, tmp_path: 
     assert (tmp_path / "out" / "deploy.json").is_file()
 
 
+def test_accuracy_is_recorded_and_shown(deployed: Path, inputs: Path, network: nn.Module) -> None:
+    """A wrong normalisation is the same on both sides of every deviation; accuracy tells."""
+    files = [inputs / "images" / "train" / f"class{number % 3}" / f"{number}.png" for number in range(9)]
+    images = torch.stack([torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1) / 255 for file in files])
+    labels = torch.arange(9) % 3
+    original = tiny().eval()
+    load_checkpoint(original, inputs / "weights.safetensors")
+    expected = [
+        float((module(Normalisation(MEAN, STD)(images)).argmax(1) == labels).float().mean())
+        for module in (original, network)
+    ]
+    assert json.loads((deployed / "deploy.json").read_text())["accuracy"] == pytest.approx(expected)
+
+
 def test_without_the_packages_for_onnx(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onp.export.ONNX_PACKAGES", ("onnx", "no_such_runtime"))
-    with pytest.raises(ConfigError, match=r'needs no_such_runtime: pip install "onp\[export\]"'):
+    with pytest.raises(ConfigError, match="needs no_such_runtime: install what is missing"):
         apply(options(inputs, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 

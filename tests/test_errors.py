@@ -334,3 +334,26 @@ def test_other_data_needs_a_checkpoint(arguments: Callable[[str], list[str]], tm
     code, err = call(options[:place] + options[place + 2 :])
     check_one_line(code, err, "--checkpoint")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), os.EX_OSERR),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), os.EX_OSERR),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), os.EX_OSERR),
+        (RuntimeError("a fault of ours"), None),
+    ],
+)
+def test_where_memory_does_not_suffice_one_line_says_so(
+    error: Exception, code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(config: TrainConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit if code else RuntimeError) as stop:
+        run_command(TrainConfig, job, "command")
+    if code:
+        line = capsys.readouterr().err
+        assert stop.value.code == code and "error: out of memory" in line and len(line.splitlines()) == 1  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from onp.attacks.triggers import load_trigger
 from onp.bench.suite import read_suites
 from onp.checkpoints import load_checkpoint, read_json, read_tensors
-from onp.data import ImageDataset, Normalisation, labels_of, load_dataset
+from onp.data import ImageDataset, Normalisation, class_count, labels_of, load_dataset
 from onp.errors import CheckpointError, ConfigError, DataError, FileError, OnpError
 from onp.images import read_image
 from onp.masks import KeepMask
@@ -295,12 +295,27 @@ def test_linked_classes_and_images_are_images(tmp_path: Path) -> None:
     assert labels_of(opened(root)) == [0, 1, 1, 2, 2]
 
 
-def test_an_empty_class_is_named(tmp_path: Path) -> None:
+def test_an_empty_class_is_named_and_the_others_keep_their_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = image_folder(tmp_path / "data")
-    (root / "train" / "cow").mkdir()
-    (root / "train" / "cow" / "notes.txt").write_text("none yet")
-    with pytest.raises(DataError, match=r"no images in .*train/cow"):
-        opened(root)
+    (root / "train" / "auk").mkdir()
+    (root / "train" / "auk" / "notes.txt").write_text("none yet")
+    dataset = opened(root)
+    assert labels_of(dataset) == [0, 2] and class_count(dataset) == 3  # ant, auk, bee
+    assert "train/auk; the classes behind it keep their numbers" in caplog.text
+
+
+def test_class_folders_that_are_numbered_out_of_order_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = image_folder(tmp_path / "data")
+    for old, new in (("ant", "2"), ("bee", "10")):
+        (root / "train" / old).rename(root / "train" / new)
+    assert labels_of(opened(root)) == [0, 1] and "in the order 10, 2" in caplog.text
+    caplog.clear()
+    (root / "train" / "2").rename(root / "train" / "02")
+    assert labels_of(opened(root)) == [0, 1] and not caplog.text
 
 
 @pytest.mark.parametrize(

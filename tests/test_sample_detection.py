@@ -64,13 +64,14 @@ def test_rates_of_a_ranking() -> None:
     assert rates(truth, worse) == pytest.approx({"auroc": 38 / 40, "tpr": 0.5})
 
 
-def test_samples_are_read_in_order_and_checked(tmp_path: Path) -> None:
+def test_samples_are_read_in_order_and_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "deep" / "a.png")
     Image.new("L", (4, 4), 51).save(tmp_path / "b.png")
     (tmp_path / "notes.txt").write_text("no image")
     samples = load_samples(tmp_path, (3, 4, 4), resize=False)
     assert [path.name for path in samples.paths] == ["b.png", "a.png"]
+    assert "1 files skipped" in caplog.text
     assert samples.images[0].unique().tolist() == pytest.approx([0.2])
     assert samples.images[1, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
     Image.new("RGB", (6, 4)).save(tmp_path / "c.png")

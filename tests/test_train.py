@@ -309,6 +309,7 @@ def test_a_run_may_be_moved(run: Path, patient: Patient, tmp_path: Path) -> None
     moved = Path(shutil.copytree(run, tmp_path / "moved"))
     code, out, err = call(TrainConfig, train, patient.job(moved, *patient.trigger))
     assert (code, err) == (0, "") and "complete" in out and contents(moved) == contents(run)
+    assert "vidence of a backdoor" in out, "the verdict comes first, here too"
 
 
 def test_other_options_on_the_same_folder_are_refused(run: Path, patient: Patient) -> None:
@@ -358,6 +359,14 @@ def test_a_network_without_evidence_is_left_alone(patient: Patient) -> None:
     purified = safetensors.torch.load_file(folder / "purified.safetensors")
     given = safetensors.torch.load_file(patient.folder / "backdoored" / "backdoored.safetensors")
     assert all(torch.equal(purified[key], value) for key, value in given.items())
+
+
+def test_a_network_that_is_refused_leaves_no_folder_in_the_way(patient: Patient, tmp_path: Path) -> None:
+    job = [option for option in patient.job(tmp_path / "run") if option != "--always"]
+    wrong = [*job, "--mean", "9", "--std", "0.01"]
+    code, _, err = call(TrainConfig, train, wrong)
+    assert code == 2 and "check --checkpoint, --mean, --std" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_masks_depend_on_the_clean_images(run: Path, patient: Patient) -> None:

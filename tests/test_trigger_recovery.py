@@ -176,6 +176,20 @@ def test_recovery_depends_on_the_seed_alone(clean: DefenceData) -> None:
     assert not torch.equal(one.masks, other.masks)
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_searches_one_after_another_find_the_same(
+    clean: DefenceData, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """What goes through the network at once is bounded; the masks are those of all side by side, but for rounding."""
+    short = replace(RECOVERY, steps=20)
+    together = recover_trigger(Backdoored(), clean, short, seed=1)
+    values = min(short.batch_size, len(clean)) * clean.images[0].numel()
+    monkeypatch.setattr("onp.smallest.AT_ONCE", at_once * values)
+    apart = recover_trigger(Backdoored(), clean, short, seed=1)
+    assert apart.sizes == pytest.approx(together.sizes, rel=1e-3)
+    torch.testing.assert_close(apart.masks, together.masks, rtol=1e-3, atol=1e-3)
+
+
 class Watched(Backdoored):
     """Remembers the images of every call."""
 
