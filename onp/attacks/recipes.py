@@ -77,15 +77,20 @@ SUITES = {
         "gtsrb-wide_resnet16_1-trojan",
     ),
     "calibration": (
+        "digits-small_cnn-clean",
+        "digits-wide_resnet16_1-clean",
+        "digits-preact_resnet18-w16-clean",
         "digits-small_cnn-badnets",
         "digits-small_cnn-l2",
+        "digits-small_cnn-all_to_all",
         "digits-wide_resnet16_1-blended",
-        "digits-wide_resnet16_1-wanet",
-        "digits-preact_resnet18-w16-trojan",
         "digits-preact_resnet18-w16-l0",
+        "digits-preact_resnet18-w16-trojan",
+        "digits-preact_resnet18-w16-all_to_all",
     ),
 }
-"""names that stand for several entries: to develop a defence with, to judge it on, and to calibrate its confidence"""
+"""names that stand for several entries: to develop a defence with, to judge it on, and to calibrate its confidence
+(docs/detection.md names the seeds of these)"""
 
 
 @dataclass(frozen=True, kw_only=True)
