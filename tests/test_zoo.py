@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,14 @@ def test_every_suite_is_made_of_recipes_that_fit_their_networks() -> None:
         for recipe in recipes:
             classes = DATA[recipe.data].classes
             assert build_model(recipe.model, 3, classes).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
-            assert recipe.target is not None and 0 <= recipe.target < classes
+            assert recipe.target is None if recipe.attack is None else 0 <= (recipe.target or 0) < classes
             twin = recipe.twin()
             assert twin.name == recipe.name.rpartition("-")[0] + "-clean" and twin.twin() == twin
             poisoned = {"attack": recipe.attack, "target": recipe.target, "poison_rate": recipe.poison_rate}
             assert replace(twin, name=recipe.name, **poisoned) == recipe
     assert not {*SUITES["development"]} & {*SUITES["judged"]}
+    fitted = json.loads(resources.files("baselines_rnp").joinpath("calibration.json").read_text())["networks"]
+    assert {name.rpartition("-seed")[0] for name in fitted} == {*SUITES["calibration"]}
     assert set(table.POISON) == set(ATTACKS)
     counts = [*(known.images for known in DATA.values()), *table.FEWER_IMAGES.values()]
     assert not any(count % table.BATCH_SIZE for count in counts), "batches have to be whole"
