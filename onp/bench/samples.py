@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
 
 import torch
 from rich.table import Table
@@ -23,12 +22,20 @@ from onp.data import DefenceData
 from onp.errors import ConfigError
 from onp.inputs import Inputs
 from onp.judge import meant
+from onp.logits import logits_of
 
 FALSE_ALARMS = 0.05
 """false positive rate at which the true positive rate is read"""
-SCORES = {"unlearned": "unlearned copy", "strip": "STRIP"}
-RATES = {"auroc": "AUROC", "tpr": "TPR"}
-COLUMNS = [(score, rate) for score in SCORES for rate in RATES]
+COLUMNS = {
+    ("unlearned", "auroc"): "unlearned copy: AUROC",
+    ("unlearned", "tpr"): "TPR",
+    ("strip", "auroc"): "STRIP: AUROC",
+    ("strip", "tpr"): "TPR",
+    ("copy", "triggered"): "copy: ASR",
+    ("copy", "clean"): "untriggered",
+}
+"""by part and figure of a record, the title; the last two: of images of other classes, triggered and not, the fraction
+that the unlearned copy gives the class meant by the attacker"""
 
 
 @dataclass(frozen=True)
@@ -46,33 +53,39 @@ def run_samples(config: SamplesConfig) -> None:
     records = make_records(config, measure_samples, backdoored=True)
     table = Table(title="triggered samples", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("network")
-    for score, rate in COLUMNS:
-        table.add_column(f"{SCORES[score]}, {RATES[rate]}", justify="right")
-    for name in dict.fromkeys(record["network"] for record in records):
-        group = [record for record in records if record["network"] == name]
-        table.add_row(name, *(written(spread(record[score][rate] for record in group)) for score, rate in COLUMNS))
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    networks = dict.fromkeys(record["network"] for record in records)
+    groups = {name: [record for record in records if record["network"] == name] for name in networks}
+    for name, group in {**groups, f"all {len(records)} runs": records}.items():
+        table.add_row(name, *(written(spread(record[part][figure] for record in group)) for part, figure in COLUMNS))
     console.print(table)
-    for name, title in SCORES.items():
-        auroc, tpr = (mean(record[name][rate] for record in records) for rate in RATES)
-        console.print(f"{title}: mean AUROC {auroc:.3f}, mean TPR at 5 % FPR {tpr:.3f}", highlight=False)
 
 
 def measure_samples(suspect: Suspect, config: SamplesConfig, seed: int) -> dict[str, dict[str, float]]:
-    """Rates of each score of `SCORES` on test images: clean ones of all classes, and triggered ones of others."""
+    """Rates of each score of `SCORES` on test images: clean ones of all classes, and triggered ones of others.
+
+    Beside them, under `copy`, what the unlearned copy has kept of the backdoor (see `COLUMNS`).
+    """
     assert suspect.trigger is not None
     inputs = open_suspect(suspect, config, seed)
     data = inputs.defence_data()
     trigger = load_trigger(suspect.trigger, data.input_shape, inputs.classes)
     unlearned = unlearn(inputs.model, data, config.unlearn, seed).model
     clean = draw_images(inputs, data, config.images, seed)
-    triggered = trigger(of_others(clean, trigger, inputs).images)
+    others = of_others(clean, trigger, inputs)
+    triggered, goals = trigger(others.images), meant(others.labels, trigger.target, inputs.classes)
     samples = torch.cat([clean.images, triggered]).to(inputs.device)
     truth = torch.arange(len(samples)) >= len(clean)
     scores = {
         "unlearned": unlearned_log_odds(inputs.model, unlearned, samples, data),
         "strip": strip(inputs.model, samples, data, seed),
     }
-    return {name: rates(truth, score.cpu()) for name, score in scores.items()}
+    kept = {}
+    for name, images in (("triggered", triggered), ("clean", others.images)):
+        given = logits_of(unlearned, data.normalise(images.to(inputs.device))).argmax(1).cpu()
+        kept[name] = float((given == goals).float().mean())
+    return {**{name: rates(truth, score.cpu()) for name, score in scores.items()}, "copy": kept}
 
 
 def draw_images(inputs: Inputs, data: DefenceData, images: int, seed: int) -> DefenceData:
