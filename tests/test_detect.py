@@ -267,7 +267,8 @@ def test_the_bench_of_samples_takes_clean_images_of_all_classes(folder: Path, tm
             bench.main, "onp.bench", "samples", "--models", f"{folder}/suite.json", "--out", f"{out}", *options
         )
     assert code == 0 and "all 1 runs" in text and text.count("0.75") == 4
-    assert [path.name for path in out.iterdir()] == ["bad-seed0.json"], "a clean network has no triggered samples"
+    assert {path.name for path in out.iterdir()} == {"bad-seed0.json", "samples.md"}, "a clean one has no such samples"
+    assert "| bad | 1 | 0.75 | 0.50 | 0.75 | 0.50 | 1.00 |" in (out / "samples.md").read_text()
     assert [truth for truth, _ in seen] == [[False] * 24 + [True] * 16] * 2
     assert min(seen[0][1][24:]) > max(seen[0][1][:24]), "of one class or not, clean images rank below"
     record = json.loads((out / "bad-seed0.json").read_text())

@@ -16,6 +16,8 @@ from onp.attacks.triggers import Trigger, load_trigger
 from onp.bench.aggregates import spread, written
 from onp.bench.records import RecordsConfig, make_records, open_suspect
 from onp.bench.suite import Suspect
+from onp.bench.table_report import markdown_table
+from onp.checkpoints import write_text
 from onp.commands import console
 from onp.config import DetectionConfig, UnlearnConfig
 from onp.data import DefenceData
@@ -27,11 +29,11 @@ from onp.logits import logits_of
 FALSE_ALARMS = 0.05
 """false positive rate at which the true positive rate is read"""
 COLUMNS = {
-    ("unlearned", "auroc"): "unlearned copy: AUROC",
+    ("unlearned", "auroc"): "copy: AUROC",
     ("unlearned", "tpr"): "TPR",
     ("strip", "auroc"): "STRIP: AUROC",
     ("strip", "tpr"): "TPR",
-    ("copy", "triggered"): "copy: ASR",
+    ("copy", "triggered"): "kept: ASR",
     ("copy", "clean"): "untriggered",
 }
 """by part and figure of a record, the title; the last two: of images of other classes, triggered and not, the fraction
@@ -51,15 +53,23 @@ class SamplesConfig(RecordsConfig):
 def run_samples(config: SamplesConfig) -> None:
     """Area under ROC, and true positive rate at 5 % false alarms, by network and score. The same command goes on."""
     records = make_records(config, measure_samples, backdoored=True)
-    table = Table(title="triggered samples", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("network")
+    names = dict.fromkeys(record["network"] for record in records)
+    groups = {name: [record for record in records if record["network"] == name] for name in names}
+    groups[f"all {len(records)} runs"] = records
+    table = Table(title="triggered samples, means", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("network", overflow="fold")
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
-    networks = dict.fromkeys(record["network"] for record in records)
-    groups = {name: [record for record in records if record["network"] == name] for name in networks}
-    for name, group in {**groups, f"all {len(records)} runs": records}.items():
-        table.add_row(name, *(written(spread(record[part][figure] for record in group)) for part, figure in COLUMNS))
+    rows = []
+    for name, group in groups.items():
+        figures = [spread(record[part][figure] for record in group) for part, figure in COLUMNS]
+        table.add_row(name, *(f"{figure.mean:.2f}" for figure in figures if figure is not None))
+        rows.append([name, str(len(group)), *map(written, figures)])
     console.print(table)
+    heading = ("network", "runs", *COLUMNS.values())
+    path = config.out.expanduser() / "samples.md"
+    write_text(path, "\n".join(["# Triggered samples", "", *markdown_table(heading, rows), ""]))
+    console.print(f"With deviations: {path}", soft_wrap=True)
 
 
 def measure_samples(suspect: Suspect, config: SamplesConfig, seed: int) -> dict[str, dict[str, float]]:
