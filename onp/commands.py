@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from onp.errors import ConfigError, OnpError, first_line
+from onp.errors import ConfigError, OnpError, first_line, lacks_memory
 from onp.units import UnitIndex
 
 Config = TypeVar("Config")
@@ -61,11 +60,6 @@ def check_output(path: Path, option: str, folder: bool = False) -> Path:
     return path
 
 
-def _lacks_memory(error: MemoryError | RuntimeError) -> bool:
-    """PyTorch's allocator on the CPU has no error of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def run_command(config: type[Config], job: Callable[[Config], int | None], program: str) -> None:
     """Parse `config` from the command line and run `job`; exit with its code.
 
@@ -85,7 +79,7 @@ def run_command(config: type[Config], job: Callable[[Config], int | None], progr
         print(f"error: {error}; what was written before is whole", file=sys.stderr)
         code = os.EX_IOERR
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise
         print(f"error: out of memory ({first_line(error)[:120]}); {SAVE_MEMORY}", file=sys.stderr)
         code = os.EX_OSERR

@@ -1,5 +1,7 @@
 """Errors that a user can act on: the commands print them as one line and exit with code 2."""
 
+import torch
+
 
 class OnpError(Exception):
     """Base of every error that names a bad input, what was expected and what to do."""
@@ -31,6 +33,11 @@ class MaskError(OnpError):
 
 class FileError(OnpError):
     """A file of ours is damaged or missing."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. PyTorch's allocator on the CPU has no error of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from onp.data import (
     labels_of,
     load_dataset,
 )
-from onp.errors import ConfigError, DataError, MisfitError, first_line
+from onp.errors import ConfigError, DataError, MisfitError, first_line, lacks_memory
 from onp.models import build_model, is_ours
 from onp.seeding import check_seed
 
@@ -242,6 +242,8 @@ def _outputs(model: nn.Module, shape: tuple[int, ...]) -> int:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *shape))
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise DataError(
             f"{type(model).__name__} does not take images of shape {shape} "
             f"({first_line(error)}); check --model, --data and --image-size"

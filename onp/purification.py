@@ -249,6 +249,10 @@ class Purified:
     mask: KeepMask
     evidence: bool
     """whether there is evidence of a backdoor: the verdict of `onp.detect`"""
+    confidence: float
+    """probability of a backdoor, if half of all networks had one"""
+    suspect: int | None
+    """class with the strongest evidence, whatever the verdict; None for an all-to-all attack"""
     result: MethodResult
     """what ONP found, and what it took"""
 
@@ -264,4 +268,5 @@ def purify(model: nn.Module, data: DefenceData, config: PurifyConfig | None = No
     assert result.mask is not None
     purified = copy.deepcopy(model).eval()
     apply_mask(purified, result.mask)
-    return Purified(purified, result.mask, purification.timed_evidence[0].found, result)
+    evidence, _ = purification.timed_evidence
+    return Purified(purified, result.mask, evidence.found, evidence.confidence, evidence.suspect, result)

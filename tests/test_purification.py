@@ -219,6 +219,9 @@ def test_without_evidence_nothing_is_pruned_and_nothing_else_is_run(
         assert result.mask is None or result.mask.units_pruned == 0
         assert result.reward_evaluations == 0 and result.agent is None and "--always" in result.note
     assert Purification(network(), data, replace(config, always=True)).run("greedy").reward_evaluations > 0
+    purified = purify(network(), data, config)
+    assert (purified.evidence, purified.confidence, purified.suspect) == (evidence, given.confidence, given.suspect)
+    assert (purified.mask.units_pruned > 0) <= evidence
 
 
 def test_the_verdict_is_that_of_detection_and_is_journalled(data: DefenceData, tmp_path: Path) -> None:
