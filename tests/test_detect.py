@@ -79,6 +79,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(mask, folder / "mask.png")
     spec = {"target": 2, "mode": "blend", "pattern": "pattern.png", "mask": "mask.png"}
     (folder / "trigger.json").write_text(json.dumps(spec))
+    common = {"model": "network.py:linear", "data": "images"}
+    suite = [
+        {"name": "bad", "checkpoint": "bad.safetensors", "trigger": "trigger.json", **common},
+        {"name": "clean", "checkpoint": "clean.safetensors", "trigger": None, **common},
+    ]
+    (folder / "suite.json").write_text(json.dumps(suite))
     return folder
 
 
@@ -212,12 +218,6 @@ def test_no_checkpoint_is_an_error() -> None:
 
 
 def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Path, tmp_path: Path) -> None:
-    common = {"model": "network.py:linear", "data": "images"}
-    suite = [
-        {"name": "bad", "checkpoint": "bad.safetensors", "trigger": "trigger.json", **common},
-        {"name": "clean", "checkpoint": "clean.safetensors", "trigger": None, **common},
-    ]
-    (folder / "suite.json").write_text(json.dumps(suite))
     out = tmp_path / "records"
     arguments = ("onp.bench", "detect", "--models", f"{folder}/suite.json", "--out", f"{out}", "--images", "12", *FAST)
     code, text = call(bench.main, *arguments)
@@ -248,12 +248,6 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
 
 def test_the_bench_of_samples_takes_clean_images_of_all_classes(folder: Path, tmp_path: Path) -> None:
     """24 test images of three classes: clean all of them, triggered those that are not of the target's."""
-    common = {"model": "network.py:linear", "data": "images"}
-    suite = [
-        {"name": "bad", "checkpoint": "bad.safetensors", "trigger": "trigger.json", **common},
-        {"name": "clean", "checkpoint": "clean.safetensors", "trigger": None, **common},
-    ]
-    (folder / "suite.json").write_text(json.dumps(suite))
     seen = []
     out, options = tmp_path / "records", ("--images", "24", "--defence-size", "24", "--threads", "1")
 

@@ -73,7 +73,7 @@ def run_samples(config: SamplesConfig) -> None:
 
 
 def measure_samples(suspect: Suspect, config: SamplesConfig, seed: int) -> dict[str, dict[str, float]]:
-    """Rates of each score of `SCORES` on test images: clean ones of all classes, and triggered ones of others.
+    """Rates of both scores on test images: clean ones of all classes, and triggered ones of others.
 
     Beside them, under `copy`, what the unlearned copy has kept of the backdoor (see `COLUMNS`).
     """
