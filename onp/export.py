@@ -91,7 +91,7 @@ def export_onnx(
 def require_onnx() -> None:
     """Raise `ConfigError` where a package for ONNX is not installed."""
     if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f"ONNX needs {', '.join(missing)}: install what is missing, or leave onnx out of --formats")
+        raise ConfigError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}, or leave onnx out")
 
 
 def _program(network: Deployable, images: Tensor) -> torch.export.ExportedProgram:

@@ -35,7 +35,7 @@ def load_samples(folder: Path, shape: tuple[int, ...], resize: bool) -> Samples:
     if not paths:
         raise DataError(f"--samples {folder}: no images found; give a folder that holds {', '.join(IMG_EXTENSIONS)}")
     if skipped := sum(path.is_file() for path in folder.rglob("*")) - len(paths):
-        logger.warning("--samples %s: %d files skipped, which are no images by their suffix", folder, skipped)
+        logger.warning("--samples %s: skipped, since their suffix is no image's: %d", folder, skipped)
     return Samples(paths, torch.stack([_read(path, shape, resize) for path in paths]))
 
 

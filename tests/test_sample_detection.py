@@ -71,7 +71,7 @@ def test_samples_are_read_in_order_and_checked(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "notes.txt").write_text("no image")
     samples = load_samples(tmp_path, (3, 4, 4), resize=False)
     assert [path.name for path in samples.paths] == ["b.png", "a.png"]
-    assert "1 files skipped" in caplog.text
+    assert "skipped, since their suffix is no image's: 1" in caplog.text
     assert samples.images[0].unique().tolist() == pytest.approx([0.2])
     assert samples.images[1, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
     Image.new("RGB", (6, 4)).save(tmp_path / "c.png")

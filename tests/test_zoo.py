@@ -45,7 +45,7 @@ def test_every_suite_is_made_of_recipes_that_fit_their_networks() -> None:
         for recipe in recipes:
             classes = DATA[recipe.data].classes
             assert build_model(recipe.model, 3, classes).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
-            assert recipe.target is None if recipe.attack is None else 0 <= (recipe.target or 0) < classes
+            assert (recipe.target is None) == (recipe.attack is None) and 0 <= (recipe.target or 0) < classes
             twin = recipe.twin()
             assert twin.name == recipe.name.rpartition("-")[0] + "-clean" and twin.twin() == twin
             poisoned = {"attack": recipe.attack, "target": recipe.target, "poison_rate": recipe.poison_rate}
