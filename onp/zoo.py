@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,10 @@ class ZooConfig:
     suites development, judged and calibration; list shows all three by default"""
     seed: int = 0
     """seed of everything random, and part of an entry's identity"""
+    images: int | None = None
+    """train on so many images instead of the recipe's, which is made for two CPU cores; a multiple of 128"""
+    epochs: int | None = None
+    """train for so many epochs instead of the recipe's"""
     folders: tuple[str, ...] = ()
     """where data lies, as cifar10=FOLDER gtsrb=FOLDER with train/CLASS/IMAGE and test/CLASS/IMAGE in each;
     downloaded by torchvision by default"""
@@ -60,7 +64,8 @@ def zoo(config: ZooConfig) -> int:
     if config.out is not None:
         check_output(config.out, "--out", folder=True)
     animals = Zoo(root, named_folders(config.folders), config.download_root, torch_device(config.device), _Progress())
-    recipes = expand(config.names, config.seed)
+    longer = {name: value for name in ("images", "epochs") if (value := getattr(config, name)) is not None}
+    recipes = [replace(recipe, **longer) for recipe in expand(config.names, config.seed)]
     if config.out is not None:
         for recipe in recipes:
             console.print(str(animals.export(recipe, config.out.expanduser().resolve())), soft_wrap=True)

@@ -313,6 +313,18 @@ def test_the_command_makes_an_entry_and_says_how_to_purify_it(tmp_path: Path, ca
         assert (tmp_path / folder.name / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.usefixtures("small")
+def test_another_length_of_training_is_the_twins_too_and_another_recipe(tmp_path: Path, call: Any) -> None:
+    name = "digits-cifar_resnet18-w4-l0"
+    code, out, _ = call("make", name, "--images", 384, "--epochs", 3, "--root", tmp_path, "--threads", 1)
+    assert code == 0 and out.count("epoch 3 of 3") == 2  # the twin's and its own
+    for folder in (f"{name}-seed0", "digits-cifar_resnet18-w4-clean-seed0"):
+        record = json.loads((tmp_path / folder / "entry.json").read_text())
+        assert (record["images"], record["epochs"]) == (384, 3)
+    code, _, err = call("make", name, "--root", tmp_path)
+    assert code == 2 and "was made by another recipe" in err
+
+
 def test_grey_images_of_a_folder_are_resized_and_used_in_colour(
     tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +360,9 @@ def test_the_list_shows_both_suites(tmp_path: Path, call: Any) -> None:
         (("make", WANET, "--folders", "digits"), "--folders digits: expected NAME=FOLDER"),
         (("make", WANET, "--folders", "imagenet=/tmp"), "expected NAME=FOLDER with a name of digits, cifar10"),
         (("make", WANET, "--threads", -1), "--threads -1"),
+        (("make", WANET, "--images", 100), "images 100: expected a multiple of 128"),
+        (("make", WANET, "--images", 0), "images 0: expected a multiple of 128"),
+        (("make", WANET, "--epochs", 0), "epochs 0: expected at least 1"),
         (("make", WANET, "--out", "somewhere"), "--out goes with export"),
         (("export", WANET), "export needs it"),
         (("export", WANET, "--out", "somewhere"), "no entry that counts as trained"),

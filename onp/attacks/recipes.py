@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onp.attacks.fitting import FitConfig
@@ -111,13 +111,19 @@ class Recipe(FitConfig):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1 or self.images % self.batch_size:
+            raise ConfigError(f"images {self.images}: expected a multiple of {self.batch_size}, the size of a batch")
+
     @property
     def folder(self) -> str:
         return f"{self.name}-seed{self.seed}"
 
     def twin(self) -> Recipe:
         """The same network, trained alike on clean images."""
-        return make_recipe(f"{self.data}-{self.model}-{CLEAN}", self.seed)
+        clean = make_recipe(f"{self.data}-{self.model}-{CLEAN}", self.seed)
+        return replace(clean, images=self.images, epochs=self.epochs)
 
 
 def make_recipe(name: str, seed: int) -> Recipe:
