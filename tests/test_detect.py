@@ -228,10 +228,12 @@ def test_the_bench_compares_with_the_truth_and_measures_nothing_twice(folder: Pa
     assert set(record["patches"]) == {"network", "unlearned"}
     assert "clean: 0 false alarms of 1" in text
     assert "evidence for 1 of 1, with the right class for 1" in text
-    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert call(bench.main, *arguments)[0] == 0
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    assert set(times) == {"bad-seed0.json", "clean-seed0.json"}
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")} == times
+    assert {path.name for path in out.iterdir()} == {"bad-seed0.json", "clean-seed0.json", "detection.md"}
+    rows = [line.split(" | ") for line in (out / "detection.md").read_text().splitlines() if line.startswith("| bad ")]
+    assert [row[1] for row in rows] == ["class 2", "network", "unlearned"]
     code, text = call(bench.main, *arguments, "--detection.warp.steps", "9")
     assert code == 2 and "of another network, options or version" in text
     with pytest.MonkeyPatch.context() as patch:

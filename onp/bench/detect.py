@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from baselines_rnp.calibration import Calibration
 from baselines_rnp.label_detection import LEAST_CONFIDENCE, find_evidence
 from baselines_rnp.patch_recovery import recover_patches
@@ -17,7 +15,9 @@ from onp.bench.patches import FIGURES, measure_patch
 from onp.bench.records import RecordsConfig, make_records, open_suspect
 from onp.bench.samples import draw_images, of_others
 from onp.bench.suite import Suspect
+from onp.bench.table_report import Lines, markdown_table, terminal_table
 from onp.bench.verdicts import Verdict, detections
+from onp.checkpoints import write_text
 from onp.commands import console
 from onp.config import DetectionConfig
 from onp.judge import ALL_TO_ALL
@@ -29,7 +29,7 @@ class DetectBenchConfig(RecordsConfig):
     """Options of `python -m onp.bench detect`."""
 
     out: Path = Path("detection")
-    """folder for a record of every network and seed; what is there is not measured again"""
+    """folder for a record of every network and seed; what is there is not measured again. And for detection.md"""
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     """what is made from clean images to tell"""
 
@@ -38,10 +38,15 @@ def run_detect_bench(config: DetectBenchConfig) -> None:
     """Verdict and recovered trigger for every network and seed, against the truth. The same command goes on."""
     records = make_records(config, measure_detection)
     calibration = Calibration.of_package()
-    for table in make_tables(records, calibration):
-        console.print(table)
-    for line in summary(records, calibration):
+    page = ["# Detection", ""]
+    for title, lines in make_tables(records, calibration):
+        console.print(terminal_table(title, *lines))
+        page += [f"## {title}", "", *markdown_table(*lines), ""]
+    for line in (told := summary(records, calibration)):
         console.print(line, highlight=False)
+    path = config.out.expanduser() / "detection.md"
+    write_text(path, "\n".join([*page, *told, ""]))
+    console.print(f"These tables: {path}", soft_wrap=True)
 
 
 def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) -> dict[str, Any]:
@@ -77,41 +82,36 @@ def measure_detection(suspect: Suspect, config: DetectBenchConfig, seed: int) ->
     return record
 
 
-def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list[Table]:
+def make_tables(records: list[dict[str, Any]], calibration: Calibration) -> list[tuple[str, Lines]]:
     """Verdicts, and what was measured with the triggers: a line a network, mean ± deviation over its seeds."""
-    verdicts = _table("verdicts", ("truth", "seeds", "probability", "evidence", "right", "by", "collapse right"))
-    patches = _table("recovered triggers, through the network and its unlearned copy", ("through", *FIGURES))
-    networks: dict[str, list[dict[str, Any]]] = {}
+    verdicts, patches, networks = [], [], dict[str, list[dict[str, Any]]]()
     for record in records:
         networks.setdefault(record["network"], []).append(record)
     for item in detections(_verdict(record, calibration) for record in records)[: len(networks)]:
         group = networks[item.name]
         figures = [item.truth, str(item.runs), written(item.probability), str(item.found), str(item.right)]
         if not group[0]["backdoored"]:
-            verdicts.add_row(item.name, *figures, "-", "-")
+            verdicts.append([item.name, *figures, "-", "-"])
             continue
         families = "/".join(sorted({record["family"] for record in group}))
         collapsed = "-" if group[0]["target"] == ALL_TO_ALL else str(sum(map(_collapsed, group)))
-        verdicts.add_row(item.name, *figures, families, collapsed)
+        verdicts.append([item.name, *figures, families, collapsed])
         for source in ("network", "unlearned"):
             found = [record["patches"][source] for record in group if source in record["patches"]]
             if found:
                 cells = (spread(patch[figure] for patch in found) for figure in FIGURES)
-                patches.add_row(item.name, source, *map(written, cells))
-    return [verdicts, patches] if patches.rows else [verdicts]
+                patches.append([item.name, source, *map(written, cells)])
+    columns = ("network", "truth", "seeds", "probability", "evidence", "right", "by", "collapse right")
+    tables: list[tuple[str, Lines]] = [("Verdicts", (columns, verdicts))]
+    if patches:
+        title = "Recovered triggers, through the network and its unlearned copy"
+        tables.append((title, (("network", "through", *FIGURES), patches)))
+    return tables
 
 
 def _collapsed(record: dict[str, Any]) -> bool:
     """Whether the unlearned copy gives the attacker's class most often."""
     return bool(record["collapse"].index(max(record["collapse"])) == record["target"])
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("network")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _verdict(record: dict[str, Any], calibration: Calibration) -> Verdict:

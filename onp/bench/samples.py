@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.table import Table
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from onp.attacks.triggers import Trigger, load_trigger
 from onp.bench.aggregates import spread, written
 from onp.bench.records import RecordsConfig, make_records, open_suspect
 from onp.bench.suite import Suspect
-from onp.bench.table_report import markdown_table
+from onp.bench.table_report import markdown_table, terminal_table
 from onp.checkpoints import write_text
 from onp.commands import console
 from onp.config import DetectionConfig, UnlearnConfig
@@ -56,17 +55,13 @@ def run_samples(config: SamplesConfig) -> None:
     names = dict.fromkeys(record["network"] for record in records)
     groups = {name: [record for record in records if record["network"] == name] for name in names}
     groups[f"all {len(records)} runs"] = records
-    table = Table(title="triggered samples, means", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column("network", overflow="fold")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
     rows = []
     for name, group in groups.items():
         figures = [spread(record[part][figure] for record in group) for part, figure in COLUMNS]
-        table.add_row(name, *(f"{figure.mean:.2f}" for figure in figures if figure is not None))
         rows.append([name, str(len(group)), *map(written, figures)])
-    console.print(table)
     heading = ("network", "runs", *COLUMNS.values())
+    means = ([cell.partition(" ±")[0] for cell in row] for row in rows)  # a narrow terminal has no room for more
+    console.print(terminal_table("Triggered samples, means", heading, means))
     path = config.out.expanduser() / "samples.md"
     write_text(path, "\n".join(["# Triggered samples", "", *markdown_table(heading, rows), ""]))
     console.print(f"With deviations: {path}", soft_wrap=True)

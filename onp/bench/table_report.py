@@ -35,7 +35,7 @@ from onp.report import LABELS
 
 Lines = tuple[tuple[str, ...], list[list[str]]]
 """a table's heading and rows"""
-TEXTS = ("worst run", "ONP is", "error", "truth")
+TEXTS = ("worst run", "ONP is", "error", "truth", "by", "through")
 """columns that are no figures, besides the first"""
 DETAILS = ("seeds", "CA [95 %]", "ASR [95 %]", "RA %", "evals", "s", "networks", "worst run", "pairs", "drawn")
 """columns that a narrow terminal has no room for"""
@@ -98,7 +98,7 @@ def make_tables(results: Results, width: int) -> list[Table]:
     titled += _statements(results)
     if results.failures:
         titled.append(("Failed runs", _failure_lines(results.failures)))
-    return [_table(title, *lines, () if width >= WIDE else DETAILS) for title, lines in titled]
+    return [terminal_table(title, *lines, () if width >= WIDE else DETAILS) for title, lines in titled]
 
 
 def percent(value: float | None) -> str:
@@ -109,7 +109,10 @@ def rating(value: float | None) -> str:
     return f"{value:.3f}" if value is not None else "-"
 
 
-def _table(title: str, heading: tuple[str, ...], rows: list[list[str]], hidden: tuple[str, ...]) -> Table:
+def terminal_table(
+    title: str, heading: tuple[str, ...], rows: Iterable[list[str]], hidden: tuple[str, ...] = ()
+) -> Table:
+    """A table for the terminal without the columns `hidden`; names that are too long go on in the next line."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     shown = [number for number, name in enumerate(heading) if name not in hidden]
     for number in shown:

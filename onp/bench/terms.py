@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from scipy.stats import spearmanr
 
 from agents.search import SEARCHES
 from envs.pruning import PruningEnv
 from envs.rewards import TERMS
 from onp.bench.suite import Suspect, read_suites
+from onp.bench.table_report import terminal_table
 from onp.checkpoints import write_json
 from onp.commands import check_output, console
 from onp.config import EnvConfig
@@ -59,18 +59,16 @@ def run_terms(config: TermsConfig) -> None:
     if not suspects:
         raise ConfigError("--models: no network with a trigger; without one there is no ASR to predict")
     json_file = check_output(config.json, "--json") if config.json is not None else None
-    records = []
-    table = Table(title="rank correlation with minus ASR", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("network", "masks", *COLUMNS):
-        table.add_column(name.replace("_", " "), justify="left" if name == "network" else "right")
+    records, rows = [], []
     for suspect in suspects:
         with console.status(f"{suspect.name} ..."):
             records.append(record := correlate(suspect, config))
         cells = (record[name] for name in COLUMNS)
-        table.add_row(suspect.name, str(record["masks"]), *("-" if cell is None else f"{cell:.2f}" for cell in cells))
+        rows.append([suspect.name, str(record["masks"]), *("-" if cell is None else f"{cell:.2f}" for cell in cells)])
         if json_file is not None:
             write_json(json_file, records)
-    console.print(table)
+    heading = ("network", "masks", *(name.rpartition("_")[2] for name in COLUMNS))
+    console.print(terminal_table("Rank correlation with minus ASR", heading, rows))
 
 
 def correlate(suspect: Suspect, config: TermsConfig) -> dict[str, Any]:
