@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from baselines_rnp.label_detection import Evidence, check_skill, weigh
 from baselines_rnp.rnp import RNPConfig, choose_threshold, run_rnp
 from envs.pruning import PruningEnv
 from envs.rewards import Objective
-from onp.checkpoints import load_checkpoint, plain_weights
+from onp.checkpoints import load_checkpoint, plain_weights, sha256
 from onp.checks import check_network
 from onp.clues import Clues, find_clues
 from onp.config import AgentConfig, EnvConfig
@@ -35,7 +36,7 @@ from onp.graph import EDGE_FEATURES, FEATURES
 from onp.journal import Journal, Values
 from onp.layout import fastest_layout
 from onp.masks import KeepMask, apply_mask
-from onp.seeding import check_seed
+from onp.seeding import check_seed, restored
 from onp.sources import sources_sha256
 from onp.units import UnitIndex, index_units
 
@@ -128,14 +129,16 @@ class Purification:
 
     @cached_property
     def subject(self) -> str:
-        """What scores, effects and clues depend on, as a SHA-256: network, clean images, settings, code, threads.
+        """What a run depends on, as a SHA-256: network, clean images, settings, a given policy, code, threads.
 
         What the network makes of a few images stands for the code of its `forward`.
         """
         data, config = self.data, self.config
         settings = config.seed, config.env, config.rnp
         images = data.num_classes, data.normalise, str(data.images.device)
-        about = (str(self.model), settings, images, sources_sha256(), torch.__version__, torch.get_num_threads())
+        structure = re.sub(" at 0x[0-9a-f]+", "", str(self.model))  # addresses differ from process to process
+        policy = sha256(config.policy) if config.policy is not None else None
+        about = (structure, settings, policy, images, sources_sha256(), torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(about).encode())
         with torch.no_grad():
             logits = self.model(data.inputs[:8])
@@ -198,13 +201,14 @@ class Purification:
 
     def _train(self, env: PruningEnv, report: Callable[[int, int], None]) -> tuple[LearningCurve, PPO]:
         config = self.config
-        agent = build_agent(env, config.agent, config.seed, self.log_dir)
-        if config.policy is not None:
-            load_checkpoint(agent.policy, config.policy)
-        # A step may cost a mask and a sensitivity pass; a part is left for an episode of the learned policy's own.
-        reserve = config.env.max_steps + 2 * config.agent.n_envs - 1
-        curve = train_agent(agent, config.agent, config.budget - reserve, report)
-        roll_out(agent, env, config.budget)
+        with restored():
+            agent = build_agent(env, config.agent, config.seed, self.log_dir)
+            if config.policy is not None:
+                load_checkpoint(agent.policy, config.policy)
+            # A step may cost a mask and a sensitivity pass; a part is left for an episode of the learned policy's own.
+            reserve = config.env.max_steps + 2 * config.agent.n_envs - 1
+            curve = train_agent(agent, config.agent, config.budget - reserve, report)
+            roll_out(agent, env, config.budget)
         return curve, agent
 
     def _run_rnp(self) -> MethodResult:

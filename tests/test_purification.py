@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from agents.policy import blank_policy
 from agents.ppo import roll_out
 from agents.search import ranked_units
 from baselines_rnp.label_detection import Evidence, find_evidence
@@ -20,6 +22,7 @@ from baselines_rnp.recover import RecoverConfig
 from baselines_rnp.rnp import RNPConfig
 from envs.pruning import PruningEnv
 from envs.rewards import Objective
+from onp.checkpoints import save_weights
 from onp.clues import Clues
 from onp.config import (
     AgentConfig,
@@ -32,6 +35,7 @@ from onp.config import (
 )
 from onp.data import DefenceData
 from onp.errors import ConfigError, ModelError
+from onp.graph import EDGE_FEATURES, FEATURES
 from onp.masks import masked
 from onp.purification import CLUES, METHODS, Purification, PurifyConfig, purify
 from onp.trigger_recovery import RecoveredTrigger
@@ -123,6 +127,41 @@ def test_the_final_episode_of_the_learned_policy_is_among_the_masks_to_choose_fr
     roll_out(result.agent, env)
     assert env.mask == last
     assert env.reward_evaluations == used  # it has been there before
+
+
+def test_the_callers_generators_draw_on_as_before(data: DefenceData) -> None:
+    draws = []
+    for search in (False, True):
+        purification = Purification(network(), data, QUICK)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(7)
+        if search:
+            purification.run("onp")
+        draws.append((random.random(), np.random.rand(), float(torch.rand(1))))
+    assert draws[0] == draws[1]
+
+
+def test_what_a_run_is_about(data: DefenceData, tmp_path: Path) -> None:
+    """An address in what a network says of itself is no part of it; what the policy begins with is."""
+
+    class Activation(nn.ReLU):
+        def extra_repr(self) -> str:
+            return repr(lambda: None)
+
+    def subject(config: PurifyConfig = QUICK) -> str:
+        model = network()
+        model[2] = Activation()  # type: ignore[index]
+        return Purification(model, data, config).subject
+
+    assert subject() == subject()
+    subjects = set()
+    for value in (0.0, 1.0):
+        policy = blank_policy(QUICK.agent, len(FEATURES), len(EDGE_FEATURES))
+        with torch.no_grad():
+            policy.mlp_extractor.prior_weight.fill_(value)  # type: ignore[operator, union-attr]
+        save_weights(policy, tmp_path / "policy.safetensors")
+        subjects.add(subject(replace(QUICK, policy=tmp_path / "policy.safetensors")))
+    assert len({*subjects, subject()}) == 3
 
 
 @pytest.mark.parametrize(("settings", "word"), [({"budget": 13}, "--budget 13"), ({"finalists": 0}, "--finalists 0")])
