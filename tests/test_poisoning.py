@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from onp.attacks.adversarial import perturb
 from onp.attacks.augment import crop_and_flip
 from onp.attacks.patterns import badnets, wanet
-from onp.attacks.poisoning import ATTACKS, Attack, TrainingConfig, draw_poisoning, train_backdoored
+from onp.attacks.poisoning import ATTACKS, Attack, Poisoning, TrainingConfig, draw_poisoning, train_backdoored
 from onp.attacks.triggers import Trigger
 from onp.data import Normalisation, TensorImages
 from onp.errors import ConfigError
@@ -192,9 +193,23 @@ def test_training_with_the_attacks_that_need_more_than_a_patch(name: Any) -> Non
 
     def made() -> tuple[nn.Module, Trigger]:
         build = lambda: build_model("small_cnn", 1, 3)  # noqa: E731
-        return train_backdoored(build, data, config, Normalisation(), 1, torch.device("cpu"))
+        return train_backdoored(build, data, 3, config, Normalisation(), 1, torch.device("cpu"))
 
     (model, trigger), (again, _) = made(), made()
     assert trigger.target == (ALL_TO_ALL if name == "all_to_all" else 0)
     weights = again.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_the_class_behind_the_last_that_images_show_is_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All-to-all moves the last labelled class to the next output, as it is judged, not back to the first."""
+    seen: list[Poisoning] = []
+    draw = lambda *arguments: seen.append(draw_poisoning(*arguments)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr("onp.attacks.poisoning.draw_poisoning", draw)
+    data, config = (
+        TensorImages(torch.rand(30, 1, 8, 8), torch.arange(30) % 3),
+        TrainingConfig(attack="all_to_all", epochs=1),
+    )
+    build = lambda: build_model("small_cnn", 1, 5)  # noqa: E731
+    train_backdoored(build, data, 5, replace(config, poison_rate=1.0), Normalisation(), 1, torch.device("cpu"))
+    assert seen[0].labels.tolist() == [number % 3 + 1 for number in range(30)]

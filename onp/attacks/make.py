@@ -25,6 +25,7 @@ def make_backdoored_model(
     model, trigger = train_backdoored(
         lambda: build_model(inputs.config.model, inputs.channels, inputs.classes),
         dataset,
+        inputs.classes,
         config,
         inputs.config.normalisation,
         seed,

@@ -124,13 +124,14 @@ def draw_poisoning(
 def train_backdoored(
     build: Callable[[], nn.Module],
     dataset: ImageDataset,
+    num_classes: int,
     config: TrainingConfig,
     normalise: Normalisation,
     seed: int,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda epoch, epochs: None,
 ) -> tuple[nn.Module, Trigger]:
-    """Poison `dataset` and train a fresh network on it with SGD and a one-cycle schedule."""
+    """Poison `dataset` and train a fresh network of `num_classes` outputs on it, with SGD and a one-cycle schedule."""
     parts = list(batches(dataset))
     images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     attack = ATTACKS[config.attack]
@@ -147,7 +148,7 @@ def train_backdoored(
             return fit(build().to(device), draw, len(images), config, seed, progress).model
 
     generator = torch.Generator().manual_seed(seed)
-    drawn = draw_poisoning(attack, trigger, config.poison_rate, labels, int(labels.max()) + 1, generator)
+    drawn = draw_poisoning(attack, trigger, config.poison_rate, labels, num_classes, generator)
     if attack.adversarial:
         twin, clean = train(images, labels), images[drawn.poisoned]
         images[drawn.poisoned] = perturb(twin, clean, labels[drawn.poisoned], normalise, device)
