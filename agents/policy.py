@@ -22,6 +22,7 @@ from torch_geometric.nn import GATv2Conv
 from torch_geometric.utils import scatter
 
 from onp.config import AgentConfig
+from onp.errors import ConfigError
 
 Latents = tuple[Tensor, Tensor]
 
@@ -124,7 +125,10 @@ class PointerNetwork(nn.Module):
         # Ties share a rank: the prior must not depend on how units are numbered.
         rank = effects.shape[1] - torch.searchsorted(effects.sort(dim=1).values, effects, right=True)
         acting = signs * pruning - self.prior_weight * torch.log1p(rank)
-        return torch.cat([acting, self.stop(context)], 1).masked_fill(observation["action_mask"] < 0.5, -1e8)
+        logits = torch.cat([acting, self.stop(context)], 1)
+        if not bool(logits.isfinite().all()):
+            raise ConfigError("the policy's outputs are not finite; lower --agent.learning-rate, or leave --policy out")
+        return logits.masked_fill(observation["action_mask"] < 0.5, -1e8)
 
 
 def blank_policy(config: AgentConfig, features: int, edge_features: int) -> GraphPolicy:

@@ -33,6 +33,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import coalesce
 
 from onp.attention import heads_alone, value_kernels
+from onp.config import require
 from onp.errors import ConfigError
 from onp.flow import Reads
 from onp.units import KINDS, UnitIndex, UnitLayer
@@ -58,6 +59,9 @@ Edges = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class GraphConfig:
     """What becomes an edge; the paper has two thresholds and gives neither, so the values are ours."""
+
+    def __post_init__(self) -> None:
+        require(self, similarity_threshold=-1, dormant_threshold=0, max_neighbours=0, max_inputs=0)
 
     similarity_threshold: float = 0.9
     """join units whose strengths have a higher cosine (its median in trained 3 x 3 layers is 0.84 to 0.93)"""

@@ -306,3 +306,8 @@ def test_drawing_writes_a_picture(tmp_path: Path, pruned: set[int]) -> None:
     exported = to_networkx(graph_of(model, (1, 8, 8)), index_units(model, (1, 8, 8)))
     draw_graph(exported, tmp_path / "graph.png", pruned)
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_that_make_no_graph() -> None:
+    with pytest.raises(ConfigError, match=r"GraphConfig\.max_inputs -1: expected at least 0"):
+        GraphConfig(max_inputs=-1)

@@ -24,7 +24,7 @@ from onp.checkpoints import load_checkpoint, save_weights
 from onp.clues import Clues
 from onp.config import AgentConfig, EnvConfig
 from onp.data import DefenceData
-from onp.errors import CheckpointError
+from onp.errors import CheckpointError, ConfigError
 from onp.masks import KeepMask
 from onp.trigger_recovery import RecoveredTrigger
 
@@ -196,6 +196,14 @@ def test_invalid_actions_have_probability_zero(env: PruningEnv) -> None:
     with torch.no_grad():
         actions = torch.stack([agent.policy(observation)[0] for _ in range(50)], 1)
     assert bool(observation["action_mask"].gather(1, actions).bool().all())
+
+
+def test_weights_without_meaning_are_one_clear_error(env: PruningEnv) -> None:
+    agent = agent_of(env)
+    with torch.no_grad():
+        agent.policy.mlp_extractor.query.weight.fill_(3e38)  # type: ignore[operator, union-attr]
+    with pytest.raises(ConfigError, match=r"outputs are not finite; lower --agent\.learning-rate, or leave --policy"):
+        agent.policy.get_distribution(observations(env))  # type: ignore[arg-type]
 
 
 def test_all_pruned_leaves_stopping_and_a_finite_value(env: PruningEnv) -> None:
