@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from onp.errors import CheckpointError, FileError, MisfitError, first_line
+from onp.errors import CheckpointError, FileError, MisfitError, first_line, lacks_memory
 
 WRAPPERS = ("state_dict", "net", "model")
 """keys under which published checkpoints keep their weights"""
@@ -76,6 +76,8 @@ def _read(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         return _read_pytorch(path)
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise CheckpointError(
             f"{path} is not a file of plain weights ({_reason(error)}); give one of model.state_dict(), "
             "and load no pickled model where a stranger's program could do harm (SECURITY.md)"
@@ -215,8 +217,8 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8, whatever the locale's encoding, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8, whatever the locale's encoding, atomically; bytes of file names that are none are escaped."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -226,6 +228,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises `FileError` where it cannot be read."""
+    if not path.is_file():  # a pipe would wait for ever
+        raise FileError(f"{path} is no readable JSON (there is no such file); restore it")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

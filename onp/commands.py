@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import os
 import platform
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from onp.errors import ConfigError, OnpError, first_line, lacks_memory
+from onp.paths import real_path
 from onp.units import UnitIndex
 
 Config = TypeVar("Config")
@@ -48,14 +50,14 @@ def print_untraced(index: UnitIndex, console: Console) -> None:
 
 
 def check_output(path: Path, option: str, folder: bool = False) -> Path:
-    """`path` with `~` written out, where a file of that name, or files in a `folder` of it, can be written.
+    """The `real_path`, where a file of that name, or files in a `folder` of it, can be written.
 
     To be called before the work that would be lost; creates nothing. Raises `ConfigError`, naming the `option`.
     """
-    path = path.expanduser()
+    path = real_path(path, option)
     place = path if folder else path.parent
     nearest = next(above for above in (place, *place.parents) if above.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (not folder and path.is_dir()):
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK) or (not folder and path.exists() and not path.is_file()):
         raise ConfigError(f"{option} {path} is no {'folder' if folder else 'file'} that can be written; give another")
     return path
 
@@ -67,6 +69,9 @@ def run_command(config: type[Config], job: Callable[[Config], int | None], progr
     where memory does not suffice `os.EX_OSERR`.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     log = logging.getLogger("onp")
     log.setLevel(logging.INFO)
     log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]

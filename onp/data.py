@@ -24,6 +24,7 @@ from torchvision.transforms import v2 as transforms
 
 from onp.errors import DataError, first_line
 from onp.images import image_size, read_image
+from onp.paths import real_path
 from onp.seeding import seeded
 
 Split = Literal["train", "test"]
@@ -219,7 +220,7 @@ def named_folders(pairs: Iterable[str]) -> dict[str, str]:
         name, _, folder = pair.partition("=")
         if name not in NAMED_DATA or not folder:
             raise DataError(f"--folders {pair}: expected NAME=FOLDER with a name of {', '.join(NAMED_DATA)}")
-        folders[name] = str(Path(folder).expanduser().resolve())
+        folders[name] = str(real_path(folder, "--folders"))
     return folders
 
 

@@ -64,7 +64,11 @@ def evaluate(config: EvaluateConfig) -> int:
     before = {row.method: row for row in reported}
     differing = [row.method for row in rows if row.method not in before or not _same(row, before[row.method])]
     if differing:
-        console.print(f"Differs from report.json: {', '.join(differing)}")
+        console.print(
+            f"Differs from report.json: {', '.join(differing)} (on another processor or device by an image or two, "
+            "whose logits it rounds otherwise)",
+            soft_wrap=True,
+        )
         return 1
     console.print("Every figure agrees with report.json.")
     return 0
@@ -96,7 +100,7 @@ def _equal(network: nn.Module, model: nn.Module, mask: KeepMask | None) -> bool:
 
 
 def _same(new: Row, old: Row) -> bool:
-    """Fractions may differ by rounding where another machine computes the logits; counts may not."""
+    """Whether two rows are equal, fractions up to what writing them has rounded."""
     for name, value in asdict(new).items():
         other = getattr(old, name)
         if isinstance(value, float) and isinstance(other, float):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from onp.checkpoints import write_atomically
 from onp.data import Normalisation
-from onp.errors import ConfigError, ModelError, first_line
+from onp.errors import ConfigError, ModelError, first_line, lacks_memory
 from onp.logits import logits_of
 from onp.shrinking import same
 
@@ -120,6 +120,8 @@ def _write(
             reread = read(file)
             one, all_of_them = reread(images[:1]), logits_of(reread, images)
         except Exception as error:  # whatever the exporters and runtimes raise
+            if isinstance(error, OSError) or lacks_memory(error):
+                raise
             reason = first_line(error)[:200]
             raise ModelError(f"{type(network.model).__name__} cannot be written as {path.name}: {reason}") from error
         deviations.extend(same(path.name, *pair) for pair in ((one, wanted[:1]), (all_of_them, wanted)))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from onp.errors import DataError, first_line
+from onp.errors import DataError, first_line, lacks_memory
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
 """what a file may hold, whatever it is called: some of Pillow's other formats start programs (EPS)"""
@@ -60,4 +60,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # decoders raise anything
+        if lacks_memory(error):
+            raise
         raise DataError(f"{path} is not a readable image ({first_line(error)}); remove or replace it") from error

@@ -28,6 +28,7 @@ from onp.data import (
 )
 from onp.errors import ConfigError, DataError, MisfitError, first_line, lacks_memory
 from onp.models import build_model, is_ours
+from onp.paths import real_path
 from onp.seeding import check_seed
 
 MOST_CLASSES, MOST_IMAGES, LARGEST_SIDE, MOST_THREADS = 100_000, 10**9, 4096, 1024
@@ -78,12 +79,12 @@ class InputConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Path):
-                changes[item.name] = value.expanduser().resolve()
+                changes[item.name] = real_path(value, f"--{item.name.replace('_', '-')}")
         if self.data not in NAMED_DATA:
-            changes["data"] = str(Path(self.data).expanduser().resolve())
+            changes["data"] = str(real_path(self.data, "--data"))
         path, colon, function = self.model.rpartition(":")
         if colon:
-            changes["model"] = f"{Path(path).expanduser().resolve()}:{function}"
+            changes["model"] = f"{real_path(path, '--model')}:{function}"
         if self.device == "auto":
             changes["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         changes["threads"] = self.threads or torch.get_num_threads()
@@ -122,34 +123,35 @@ class Inputs:
     """outputs of the network"""
     image_shape: tuple[int, ...]
     """(channels, height, width) of the training images"""
+    train: ImageDataset
+    """the training images"""
 
     def dataset(self, split: Split) -> ImageDataset | None:
         """The images of a split, of test/ at most `test_size`; None where a folder has none."""
         config = self.config
+        if split == "train":
+            return self.train
         dataset = load_dataset(config.data, split, self.channels, config.image_size, config.download_root)
-        if split == "train" or dataset is None or config.test_size is None:
+        if dataset is None or config.test_size is None:
             return dataset
         return Thinned(dataset, config.test_size)
 
     def defence_data(self) -> DefenceData:
         """The clean images that the defender has."""
-        dataset = self.dataset("train")
-        assert dataset is not None
         config = self.config
-        data = draw_defence_data(dataset, config.defence_size, self.classes, config.normalisation, config.seed)
+        data = draw_defence_data(self.train, config.defence_size, self.classes, config.normalisation, config.seed)
         return data.to(self.device)
 
     def attacker_dataset(self) -> ImageDataset:
         """The training images that `defence_data` leaves: what a test model of ours is trained on."""
-        dataset = self.dataset("train")
-        assert dataset is not None
-        order = balanced_order(torch.tensor(labels_of(dataset)), self.config.seed)[self.config.defence_size :]
+        labels = labels_of(self.train)
+        order = balanced_order(torch.tensor(labels), self.config.seed)[self.config.defence_size :]
         if not len(order):
             raise DataError(
                 f"--defence-size {self.config.defence_size} leaves no training image "
-                f"of {len(labels_of(dataset))} to make a test model with; lower it"
+                f"of {len(labels)} to make a test model with; lower it"
             )
-        return Subset(dataset, order.tolist())
+        return Subset(self.train, order.tolist())
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +224,7 @@ def open_inputs(config: InputConfig) -> Inputs:
             f"{config.data} has {classes} classes, so labels up to {classes - 1}; the network has {outputs} outputs; "
             "check --model and --num-classes, or take folders out"
         )
-    return Inputs(config, model.to(device).eval(), channels, outputs, shape)
+    return Inputs(config, model.to(device).eval(), channels, outputs, shape, train)
 
 
 def _expected_channels(config: InputConfig) -> int:

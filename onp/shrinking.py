@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onp.checkpoints import load_checkpoint, read_json, save_weights, write_json
-from onp.errors import CheckpointError, FileError, ModelError, first_line
+from onp.errors import CheckpointError, FileError, ModelError, first_line, lacks_memory
 from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
 from onp.removable import ChannelMap, map_channels
@@ -70,6 +70,8 @@ def shrink(model: nn.Module, mask: KeepMask, inputs: Tensor) -> Shrunk:
     try:
         off = same("the smaller network", logits_of(smaller, inputs), expected)
     except Exception as error:  # whatever the forward() of a user's network raises
+        if lacks_memory(error):
+            raise
         smaller, channels, off = pruned, {}, 0.0
         stays = dict.fromkeys(stays, f"the network cannot be made smaller: {first_line(error)}")
     removed = tuple(unit for unit, reason in stays.items() if reason is None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from onp.errors import ModelError, first_line
+from onp.errors import ModelError, first_line, lacks_memory
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,6 +40,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
             shapes_of_three = {node: shape_of(node) for node in graph_module.graph.nodes}
             _Shapes(graph_module).propagate(torch.zeros(2, *input_shape))
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise ModelError(
             f"{type(model).__name__} does not accept batches of 2 and 3 float images of shape {input_shape}: "
             f"{_root_cause(error)}"

@@ -12,17 +12,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from onp.checkpoints import read_json, save_weights, sha256, write_json
+from onp.checkpoints import save_weights, sha256, write_json
 from onp.commands import console, print_untraced, run_command
 from onp.data import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
+from onp.paths import real_path
 from onp.purification import CLUES, METHODS, Purification, PurifyConfig
 from onp.report import LABELS, Judge, add_stage_rows, make_rows, make_table, read_report, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.stages import STAGES, StageName, rows_of, run_stage
-from onp.verdict import headline, make_verdict
+from onp.verdict import headline, make_verdict, read_verdict
 
 UNSPENDING = ("rnp", "rnp_oracle", *(row for rows in STAGES.values() for row, base in rows.items() if base == "rnp"))
 """rows that spend no reward evaluations, and so are the same with every budget"""
@@ -75,7 +76,7 @@ def complete_run(
             )
         if not missing_stages(config):
             console.print(f"This run is complete: {folder.path}")
-        console.print(headline(read_json(folder.file("clues.json"))), soft_wrap=True, highlight=False)
+        console.print(headline(read_verdict(folder.file("clues.json"))), soft_wrap=True, highlight=False)
         _add_stages(config, folder, console, others)
         return folder
     inputs = open_inputs(config)
@@ -130,7 +131,7 @@ def _add_stages(config: TrainConfig, folder: RunFolder, console: Console, others
 def _run_dir(config: TrainConfig) -> Path:
     stem = Path(config.model.rpartition(":")[0] or config.model).stem
     name = f"{stem}-{Path(config.data).name}-seed{config.seed}"
-    return (config.run_dir or Path("runs") / name).expanduser().resolve()
+    return real_path(config.run_dir or Path("runs") / name, "--run-dir")
 
 
 def _make_demonstration(config: TrainConfig, folder: RunFolder, inputs: Inputs, console: Console) -> Inputs:
@@ -184,7 +185,7 @@ def _advance(progress: Progress, task: TaskID, method: str, used: int, budget: i
 def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purification) -> dict[str, object]:
     config = inputs.config
     checkpoint = config.checkpoint
-    clues = read_json(folder.file("clues.json"))
+    clues = read_verdict(folder.file("clues.json"))
     labels = labels_of(judge.dataset) if judge.dataset is not None else []
     target = judge.trigger.target if judge.trigger is not None else None
     return {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from baselines_rnp.label_detection import Evidence
 from baselines_rnp.patch_recovery import Source, success
 from baselines_rnp.sample_detection import unlearned_log_odds
-from onp.checkpoints import sha256
+from onp.checkpoints import read_json, sha256
 from onp.data import DefenceData
-from onp.errors import ModelError
+from onp.errors import FileError, ModelError
 from onp.inputs import Inputs
 from onp.samples import Samples
 from onp.suspicious_units import suspicious_units
@@ -24,7 +25,7 @@ UNITS = {"mask": "pixels", "warp": "pixels", "wave": "norm"}
 
 def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
     """What the evidence says: verdict, target (None: none, or no single one), confidence, scores per class."""
-    named = getattr(inputs.dataset("train"), "classes", None) or []
+    named = getattr(inputs.train, "classes", None) or []
     names = [*named, *range(len(named), inputs.classes)]
     suspect = evidence.suspect
     warps, waves = (
@@ -135,6 +136,17 @@ def headline(record: dict[str, Any]) -> str:
         return f"Evidence of an all-to-all backdoor: a mask that sends every class to another ({confidence})."
     suspect = label(record["classes"][record["target"]])
     return f"Evidence of a backdoor towards class {suspect}, by a {record['kind']} ({confidence})."
+
+
+def read_verdict(path: Path) -> dict[str, Any]:
+    """A verdict of a run; raises `FileError` where the file holds none."""
+    record = read_json(path)
+    try:
+        headline(record)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} holds no verdict; restore it, or begin the run anew in another folder") from error
+    assert isinstance(record, dict)
+    return record
 
 
 def percent(probability: float) -> str:

@@ -17,6 +17,7 @@ from onp.commands import check_output, console, run_command
 from onp.data import named_folders
 from onp.errors import ConfigError
 from onp.inputs import torch_device, use_threads
+from onp.paths import real_path
 from onp.seeding import check_seed
 
 
@@ -58,23 +59,30 @@ def zoo(config: ZooConfig) -> int:
         raise ConfigError(f"{config.job}: name entries or suites; `python -m onp.zoo list` shows them")
     if (config.job == "export") != (config.out is not None):
         raise ConfigError(f"{config.job}: --out goes with export, and export needs it")
-    root = config.root.expanduser().resolve()
+    root = real_path(config.root, "--root")
     if config.job == "make":
         check_output(root, "--root", folder=True)
-    if config.out is not None:
-        check_output(config.out, "--out", folder=True)
+    out = check_output(config.out, "--out", folder=True) if config.out is not None else None
     animals = Zoo(root, named_folders(config.folders), config.download_root, torch_device(config.device), _Progress())
     longer = {name: value for name in ("images", "epochs") if (value := getattr(config, name)) is not None}
     recipes = [replace(recipe, **longer) for recipe in expand(config.names, config.seed)]
-    if config.out is not None:
+    if out is not None:
         for recipe in recipes:
-            console.print(str(animals.export(recipe, config.out.expanduser().resolve())), soft_wrap=True)
+            console.print(str(animals.export(recipe, out)), soft_wrap=True)
     if config.job == "make":
         for recipe in recipes:
             _say(recipe, animals.make(recipe), root)
-    records = [animals.record(recipe) for recipe in recipes]
+    records = [_found(animals, recipe) for recipe in recipes]
     console.print(_table(recipes, records))
     return int(config.job == "make" and any(record is None or "refused" in record for record in records))
+
+
+def _found(animals: Zoo, recipe: Recipe) -> dict[str, Any] | None:
+    """What is known of an entry, whatever recipe made it."""
+    try:
+        return animals.record(recipe)
+    except ConfigError:
+        return {"state": "other recipe"}
 
 
 class _Progress:
@@ -114,7 +122,7 @@ def _table(recipes: list[Recipe], records: list[dict[str, Any] | None]) -> Table
         known = record or {}
         figures = [f"{100 * known[key]:.1f}" if known.get(key) is not None else "-" for key in ("ca", "twin_ca", "asr")]
         minutes = f"{known['seconds'] / 60:.1f}" if "seconds" in known else "-"
-        state = "-" if record is None else "refused" if "refused" in record else "made"
+        state = "-" if record is None else "refused" if "refused" in known else known.get("state", "made")
         table.add_row(recipe.name, *figures, minutes, state)
     return table
 

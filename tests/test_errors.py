@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from onp.checkpoints import load_checkpoint, write_text
 from onp.commands import run_command
+from onp.images import read_image
+from onp.tracing import trace
 from onp.train import TrainConfig, train
 
 NETWORK = """
@@ -52,6 +55,9 @@ def pair():
 
 def flat():
     return Flat(*good())
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 """
 
 
@@ -171,6 +177,8 @@ def check_one_line(code: int, err: str, words: str) -> None:
 BAD = [
     ("--checkpoint {}/absent.pth", "absent.pth"),
     ("--checkpoint {}", "checkpoint"),
+    ("--checkpoint ~no_such_user_here/a.pth", "--checkpoint ~no_such_user_here/a.pth"),
+    ("--model {}/network.py:lazy", "nn.Lazy"),
     ("--checkpoint {}/text.pth", "text.pth weights"),
     ("--checkpoint {}/evil.pth", "evil.pth weights"),
     ("--policy {}/evil.pth", "evil.pth weights"),
@@ -357,3 +365,39 @@ def test_where_memory_does_not_suffice_one_line_says_so(
     if code:
         line = capsys.readouterr().err
         assert stop.value.code == code and "error: out of memory" in line and len(line.splitlines()) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried")])
+def test_lack_of_memory_is_not_taken_for_a_bad_file_or_network(error: Exception, tmp_path: Path) -> None:
+    class Short(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise error
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors.torch, "load_file", fail)
+        patch.setattr(Image, "open", fail)
+        patch.setattr("onp.tracing._Shapes.propagate", fail)
+        jobs = (
+            lambda: load_checkpoint(nn.Linear(1, 1), tmp_path / "a.safetensors"),
+            lambda: read_image(tmp_path / "a.png"),
+            lambda: trace(nn.Sequential(nn.Flatten()), (1, 2, 2)),
+        )
+        for job in jobs:
+            with pytest.raises(type(error)) as caught:
+                job()
+            assert caught.value is error
+
+
+def test_bytes_of_names_that_are_no_text_are_shown_and_written(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    write_text(tmp_path / "page.html", name)
+    assert (tmp_path / "page.html").read_text() == "\\udcff.png"
+    job = f"from onp.commands import *; run_command(TrainConfig, lambda _: console.print({name!r}), 'onp.train')"
+    code = f"from onp.train import TrainConfig; import sys; sys.argv = ['x']; {job}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "\\udcff.png\n"), done.stderr

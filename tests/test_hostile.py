@@ -26,6 +26,7 @@ from onp.checkpoints import load_checkpoint, read_json, read_tensors
 from onp.data import ImageDataset, Normalisation, class_count, labels_of, load_dataset
 from onp.errors import CheckpointError, ConfigError, DataError, FileError, OnpError
 from onp.images import read_image
+from onp.inputs import InputConfig
 from onp.masks import KeepMask
 from onp.run_folder import RunFolder
 from onp.samples import load_samples
@@ -260,6 +261,23 @@ def test_samples_are_images_like_all_others(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             load_samples(folder, (3, 4, 4), resize=True)
             raise AssertionError(what)
+
+
+def test_pipes_are_waited_for_by_nothing(tmp_path: Path) -> None:
+    for name in ("pipe.json", "pipe.npy"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "trigger.json").write_text('{"target": 1, "mode": "add", "pattern": "pipe.npy"}')
+    with pytest.raises(FileError, match="pipe.json is no readable JSON"):
+        read_json(tmp_path / "pipe.json")
+    for name, words in (("pipe.json", "cannot read .*pipe.json"), ("trigger.json", "cannot read .*pipe.npy")):
+        with pytest.raises(DataError, match=words):
+            load_trigger(tmp_path / name, (3, 4, 4), 3)
+
+
+@pytest.mark.parametrize("name", ["a\0b.pth", "\ud800.pth"])
+def test_what_cannot_be_a_path_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--checkpoint .* is no path"):
+        InputConfig(checkpoint=Path(name)).resolved()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from onp.bench.engine import EngineBenchConfig, run_engine_bench
 from onp.bench.networks import NetworksConfig, run_networks
 from onp.bench.relearn import RelearnConfig, run_relearn
 from onp.bench.terms import TermsConfig, run_terms
+from onp.checkpoints import write_json
 from onp.commands import check_output
 from onp.detect import DetectConfig, detect
 from onp.errors import ConfigError
@@ -68,3 +70,13 @@ def test_what_may_be_written(occupied: Path) -> None:
     for path, folder in ((occupied.parent, False), (occupied, True)):
         with pytest.raises(ConfigError, match=f"--out {path} is no {'folder' if folder else 'file'}"):
             check_output(path, "--out", folder)
+
+
+def test_a_pipe_is_refused_and_a_link_followed(occupied: Path) -> None:
+    pipe, link = occupied.parent / "pipe", occupied.parent / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(occupied)
+    with pytest.raises(ConfigError, match="--json .*pipe is no file that can be written"):
+        check_output(pipe, "--json")
+    write_json(check_output(link, "--json"), {})
+    assert link.is_symlink() and occupied.read_text() == "{}\n"

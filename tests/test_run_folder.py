@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onp.checkpoints import write_tensors
+from onp.checkpoints import write_json, write_tensors
 from onp.errors import ConfigError, FileError
 from onp.inputs import InputConfig
 from onp.report import FACTS_READ, Row, read_report
 from onp.run_folder import RunFolder
 from onp.train import TrainConfig, complete_run
+from onp.verdict import read_verdict
 
 FIRST = {"method": "backdoored"}
 
@@ -66,6 +67,13 @@ def test_a_finished_run_is_of_its_checkpoint_alone(tmp_path: Path) -> None:
         change()
         with pytest.raises(ConfigError, match="w.pth is not the file that"):
             complete_run(config, Console(quiet=True))
+
+
+@pytest.mark.parametrize("record", [{}, [], {"verdict": "evidence", "confidence": 0.9, "target": 3, "classes": []}])
+def test_a_damaged_verdict(tmp_path: Path, record: Any) -> None:
+    write_json(tmp_path / "clues.json", record)
+    with pytest.raises(FileError, match="clues.json holds no verdict; restore it"):
+        read_verdict(tmp_path / "clues.json")
 
 
 def test_damaged_mask_values_of_rnp(tmp_path: Path) -> None:

@@ -323,6 +323,8 @@ def test_another_length_of_training_is_the_twins_too_and_another_recipe(tmp_path
         assert (record["images"], record["epochs"]) == (384, 3)
     code, _, err = call("make", name, "--root", tmp_path)
     assert code == 2 and "was made by another recipe" in err
+    code, out, _ = call("list", name, "--root", tmp_path)
+    assert code == 0 and out.endswith("other recipe")
 
 
 def test_grey_images_of_a_folder_are_resized_and_used_in_colour(

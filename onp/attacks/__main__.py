@@ -29,7 +29,7 @@ def attack(config: AttackConfig) -> None:
     """Train a network on poisoned data and say how well the backdoor works."""
     if config.checkpoint is not None:
         raise ConfigError(f"--checkpoint {config.checkpoint}: a test model is trained from scratch; leave it out")
-    out = check_output(config.out, "--out", folder=True).resolve()
+    out = check_output(config.out, "--out", folder=True)
     inputs = open_inputs(config.resolved())
     with console.status("training ...") as status:
         trigger = make_backdoored_model(

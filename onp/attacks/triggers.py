@@ -18,8 +18,10 @@ means that an image of class y is to get class y + 1, and the last class the fir
 
 from __future__ import annotations
 
+import errno
 import json
 import operator
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +98,7 @@ def _digest(images: Tensor) -> Tensor:
 def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> Trigger:
     """Read a specification for images of `image_shape`; raises `DataError` naming what is wrong with it."""
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = json.loads(_file(path).read_text(encoding="utf-8"))
         target, mode = spec["target"], spec["mode"]
         target = target if target == ALL_TO_ALL else operator.index(target)
         if mode not in get_args(Mode):
@@ -123,6 +125,13 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
     return Trigger(target, mode, pattern, mask, alpha)
 
 
+def _file(path: Path) -> Path:
+    """`path`; raises `OSError` where it is no file: a pipe would wait for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return path
+
+
 def _read_array(path: Path, shape: tuple[int | None, ...], low: float = 0, high: float = 1) -> Tensor:
     """An array of `shape`, whose first size may be open (None), with values from `low` to `high`.
 
@@ -130,7 +139,7 @@ def _read_array(path: Path, shape: tuple[int | None, ...], low: float = 0, high:
     """
     if path.suffix == ".npy":
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
+            array = np.load(_file(path), mmap_mode="r", allow_pickle=False)  # mapped: a header may claim any size
         except OSError:
             raise
         except Exception as error:  # numpy reads the header as Python source, and lets out what that raises

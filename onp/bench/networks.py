@@ -21,9 +21,11 @@ from onp.commands import check_output, console, print_untraced
 from onp.engine import Engine
 from onp.errors import ConfigError, ModelError, OnpError
 from onp.export import export_onnx, require_onnx
+from onp.inputs import use_threads
 from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask, masked
 from onp.models import build_model
+from onp.seeding import check_seed
 from onp.shrinking import parameter_count, shrink
 from onp.tracing import BATCH_NORMS
 from onp.units import KINDS, UnitIndex, index_units
@@ -95,16 +97,13 @@ class Row:
 
 def run_networks(config: NetworksConfig) -> None:
     """Find the units of networks with random weights, and compare their logits under masks by every way there is."""
-    if config.images < 1 or config.image_size < 1 or config.threads < 0:
-        raise ConfigError(
-            f"--images {config.images}, --image-size {config.image_size}, --threads {config.threads}: expected at "
-            "least 1, 1 and 0"
-        )
+    if config.images < 1 or config.image_size < 1:
+        raise ConfigError(f"--images {config.images}, --image-size {config.image_size}: expected at least 1")
+    check_seed(config.seed)
+    use_threads(config.threads)
     json_file = check_output(config.json, "--json") if config.json is not None else None
     if config.onnx:
         require_onnx()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     rows: list[Row] = []
     for name in config.networks:
         with console.status(f"{name} ..."):

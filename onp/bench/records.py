@@ -72,8 +72,11 @@ def make_records(config: Config, measure: Measure[Config], backdoored: bool = Fa
 
 
 def _subject(suspect: Suspect, config: RecordsConfig) -> str:
-    """What a record depends on."""
-    files = [sha256(path) for path in (suspect.checkpoint, suspect.trigger) if path is not None]
+    """What a record depends on; raises `ConfigError` where a file of the network is missing."""
+    paths = [path for path in (suspect.checkpoint, suspect.trigger) if path is not None]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise ConfigError(f"{suspect.name}: {', '.join(missing)} does not exist; see the suite")
+    files = [sha256(path) for path in paths]
     options = [getattr(config, item.name) for item in fields(config) if item.name not in WHERE]
     return repr((suspect, files, options, sources_sha256(), torch.__version__))
 

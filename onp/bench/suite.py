@@ -20,6 +20,7 @@ from typing import Any
 from onp.checkpoints import read_json
 from onp.data import NAMED_DATA, named_folders
 from onp.errors import ConfigError, FileError
+from onp.paths import real_path
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_suites(paths: Iterable[Path], folders: Iterable[str] = ()) -> list[Susp
     data = named_folders(folders)
     suspects: list[Suspect] = []
     for path in paths:
-        path = path.expanduser().resolve()
+        path = real_path(path, "--models")
         suspects += _read(path / "entry.json" if path.is_dir() else path)
     names = [suspect.name for suspect in suspects]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -19,6 +19,7 @@ from onp.checkpoints import read_json
 from onp.commands import console
 from onp.errors import ConfigError, FileError, OnpError
 from onp.inputs import InputConfig
+from onp.paths import real_path
 from onp.purification import PurifyConfig
 from onp.report import read_report
 from onp.run_folder import RunFolder
@@ -92,7 +93,7 @@ class Finished:
 
 def run_table(config: TableConfig) -> int:
     """Purify and judge several networks with several seeds, in one table. The same command goes on, and tries again."""
-    out = config.out.expanduser().resolve()
+    out = real_path(config.out, "--out")
     runs = list_runs(config, out)
     for run in runs:
         if run.path.exists():  # other options than those recorded are refused before anything is computed

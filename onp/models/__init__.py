@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torchvision
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from onp.errors import ModelError
 from onp.models.mobilenet import CifarMobileNetV2
@@ -102,4 +103,9 @@ def _from_file(name: str) -> nn.Module:
             sys.path.remove(beside)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module that gives logits")
+    tensors = (*model.parameters(), *model.buffers())
+    if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors):
+        raise ModelError(
+            f"{name} has layers of sizes not known yet (nn.Lazy...); run it on an image before returning it"
+        )
     return model
