@@ -66,7 +66,7 @@ def recover(unlearned: nn.Module, index: UnitIndex, data: DefenceData, config: R
 def require_batch_norm(index: UnitIndex) -> None:
     """Raise `ModelError` for a network without batch-norm, on which RNP is not defined."""
     if not bool(index.batch_norm_units.any()):
-        raise ModelError("RNP masks batch-norm channels and this network has none; use another defence")
+        raise ModelError("RNP masks batch-norm channels and this network has none: it cannot be applied")
 
 
 def _masked_gammas(model: nn.Module, index: UnitIndex, values: Tensor) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from baselines_rnp.label_detection import clean_accuracy
-from onp.checkpoints import load_checkpoint, save_weights, sha256, write_json
+from onp.checkpoints import load_checkpoint, read_json, save_weights, sha256, write_json
 from onp.commands import console, run_command
 from onp.data import DefenceData
 from onp.errors import ConfigError, ModelError
@@ -65,6 +65,7 @@ def apply(config: ApplyConfig) -> int:
     config = config.resolved()
     if "onnx" in config.formats:
         require_onnx()
+    _check_origin(config.mask, config.checkpoint)
     with _appearing(config.out) as folder:
         inputs = open_inputs(config)
         data = inputs.defence_data()
@@ -104,6 +105,18 @@ def apply(config: ApplyConfig) -> int:
         write_json(folder / "deploy.json", record)
     _show(record, config.out)
     return 1 if any("error" in file for file in files.values()) else 0
+
+
+def _check_origin(mask: Path, checkpoint: Path) -> None:
+    """Raise `ConfigError` where the mask lies in a run that purified another file: its units would fit all the same."""
+    report = mask.parent.parent / "report.json"
+    record = read_json(report) if mask.parent.name == "masks" and report.is_file() else None
+    made_for = record.get("checkpoint_sha256") if isinstance(record, dict) else None
+    if made_for is not None and checkpoint.is_file() and made_for != sha256(checkpoint):
+        raise ConfigError(
+            f"{mask} was made for another checkpoint than {checkpoint} (its SHA-256 is in {report}); "
+            "give that one, or, where the weights are the same, a copy of the mask outside the run"
+        )
 
 
 def _write(

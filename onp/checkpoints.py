@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from onp.errors import CheckpointError, FileError, MisfitError, first_line, lacks_memory
 
-WRAPPERS = ("state_dict", "net", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "net", "model")
 """keys under which published checkpoints keep their weights"""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -103,6 +103,10 @@ class DefenceData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.input_shape))
+        return f"DefenceData({len(self)} images of {shape}, {self.num_classes} classes)"
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.images.shape[1:])
@@ -169,6 +173,27 @@ def batches(dataset: ImageDataset, batch_size: int = 250) -> Iterator[tuple[Tens
 # --- sources --------------------------------------------------------------------------------------------
 
 
+def _check_numbers(names: list[str]) -> None:
+    """Warn where classes that are numbers are not in their order, or where one seems to be missing."""
+    numbers = [int(name) for name in names]
+    if numbers != sorted(numbers):
+        logger.warning(
+            "classes are taken in the order %s, ...; if the network's outputs are in that of the numbers, "
+            "rename them: 02, not 2",
+            ", ".join(names[:4]),
+        )
+        return
+    first = numbers[0] if numbers[0] in (0, 1) else 0
+    for place, (name, number) in enumerate(zip(names, numbers, strict=True)):
+        if number != first + place:
+            logger.warning(
+                "class %s is taken for the network's output %d, as there is no class %d before it; a class without "
+                "images needs an empty folder",
+                name, place, first + place,
+            )  # fmt: skip
+            return
+
+
 class ImageFolder(datasets.ImageFolder):
     """torchvision's image folder, with the classes of the training folder and one clear error for a broken image."""
 
@@ -177,15 +202,14 @@ class ImageFolder(datasets.ImageFolder):
         super().__init__(str(root), transform)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        found, index = super().find_classes(directory)
+        # What Jupyter, Git or macOS leave beside the classes is none.
+        found = [name for name in super().find_classes(directory)[0] if not name.startswith((".", "__MACOSX"))]
+        if not found:
+            raise FileNotFoundError
         if self.given_classes is None:
-            if all(name.isdecimal() for name in found) and found != sorted(found, key=int):
-                logger.warning(
-                    "classes are taken in the order %s, ...; if the network's outputs are in that of the numbers, "
-                    "rename them: 02, not 2",
-                    ", ".join(found[:4]),
-                )
-            return found, index
+            if all(name.isdecimal() for name in found):
+                _check_numbers(found)
+            return found, {name: number for number, name in enumerate(found)}
         unknown = sorted(set(found) - set(self.given_classes))
         if unknown:
             raise DataError(f"{directory} has classes {unknown} that the training folder lacks")

@@ -89,14 +89,22 @@ def show(record: dict[str, Any]) -> None:
     """The verdict and the most suspicious classes and samples, in the terminal."""
     console.print(headline(record), style="bold", soft_wrap=True, highlight=False)
     console.print(
-        f"Accuracy on the {record['defence_images']} clean images: {record['clean_accuracy']:.1%}", highlight=False
-    )
+        f"Accuracy on the {record['defence_images']} clean images: {record['clean_accuracy']:.1%}. If you expect more, "
+        "--mean, --std or the order of the classes is wrong.",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    classes = by_suspicion(record)
+    console.print(
+        f"{min(SHOWN, len(classes))} of {len(classes)} classes: the smallest trigger that leads there, and how many "
+        "images the unlearned copy gives the class (collapse)",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("class", no_wrap=True)
     units = units_of(record)
     for name in (*(f"{name}, {unit}" for name, unit in units.items()), "collapse"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in by_suspicion(record)[:SHOWN]:
+    for row in classes[:SHOWN]:
         sizes = (f"{row[name]:.2f}" if row[name] is not None else "-" for name in units)
         table.add_row(label(row), *sizes, f"{row['collapse']:.0%}")
     console.print(table)
@@ -114,7 +122,14 @@ def show(record: dict[str, Any]) -> None:
             told = f"{found['pixels']:.2f} pixels, fools the network on {found['success']:.0%} of the clean images"
             told += " at twice its strength"
         console.print(f"Mask recovered through {SOURCES[source]}: {told}", soft_wrap=True, highlight=False)
-    for sample in (record["samples"] or [])[:SHOWN]:
+    samples = record["samples"] or []
+    if samples:
+        console.print(
+            f"{min(SHOWN, len(samples))} of {len(samples)} samples: how sure the unlearned copy still is of the "
+            "network's answer (log-odds), beside the clean images",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    for sample in samples[:SHOWN]:
         console.print(
             f"  {sample['score']:7.1f}  above {sample['percentile']:.0%} of the clean images  {sample['path']}",
             soft_wrap=True, highlight=False, markup=False,

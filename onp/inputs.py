@@ -174,10 +174,16 @@ def torch_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is not available here ({first_line(error)}); use cpu") from error
 
 
-def load_model(name: str, checkpoint: str | Path, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """A registered network, or `path/to/file.py:function`, in eval mode, with weights read safely from a file."""
-    model = build_model(name, in_channels, num_classes)
-    load_checkpoint(model, Path(checkpoint))
+def load_model(name: str, checkpoint: str | Path, num_classes: int = 10, channels: int = 3) -> nn.Module:
+    """A registered network, or `path/to/file.py:function`, in eval mode, with weights read safely from a file.
+
+    Raises `MisfitError` where they are of another network, other `num_classes` or images of other `channels`.
+    """
+    model = build_model(name, channels, num_classes)
+    try:
+        load_checkpoint(model, Path(checkpoint))
+    except MisfitError as error:
+        raise MisfitError(f"{error}; {name} was built with num_classes={num_classes}, channels={channels}") from error
     return model.eval()
 
 
@@ -188,9 +194,13 @@ def load_defence_data(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     image_size: int | None = None,
-    channels: int = 3,
+    channels: int | None = None,
 ) -> DefenceData:
-    """Draw `size` clean images from `folder`/train/CLASS/IMAGE, equally many per class as far as they go."""
+    """Draw `size` clean images from `folder`/train/CLASS/IMAGE, equally many per class as far as they go.
+
+    `folder` may be one of `NAMED_DATA` too; `channels` are 1 for its grey ones and 3 for all else, by default.
+    """
+    channels = channels or (1 if folder in GREY else 3)
     dataset = load_dataset(str(folder), "train", channels, image_size, Path("~/.cache/onp").expanduser())
     assert dataset is not None
     return draw_defence_data(dataset, size, class_count(dataset), Normalisation(mean, std), seed)
@@ -216,7 +226,8 @@ def open_inputs(config: InputConfig) -> Inputs:
             load_checkpoint(model, config.checkpoint)
         except MisfitError as error:
             built = f"--model {config.model} was built for {config.num_classes or classes} classes, {channels} channels"
-            raise MisfitError(f"{error}; {built}: check it, --num-classes and --channels") from error
+            hint = "check it, --num-classes and --channels, and that train/ has a folder for every class, empty or not"
+            raise MisfitError(f"{error}; {built}: {hint}") from error
     shape = tuple(train[0][0].shape)
     outputs = _outputs(model, shape)
     if classes > outputs:

@@ -85,6 +85,9 @@ class KeepMask:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    def __repr__(self) -> str:
+        return f"KeepMask({self.units_pruned} of {len(self.keep)} units pruned, rule {self.rule!r})"
+
     @cached_property
     def pruned(self) -> frozenset[int]:
         """The units that go."""

@@ -32,7 +32,7 @@ from onp.run_folder import RunFolder
 from onp.units import UnitIndex
 
 LABELS = {
-    "backdoored": "backdoored model",
+    "backdoored": "network as given",
     "rnp": "RNP, trigger-free",
     "rnp_oracle": "RNP, oracle",
     "random": "random search",

@@ -210,11 +210,14 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
 def _show(folder: RunFolder) -> None:
     report, rows = read_report(folder)
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
-    for row in rows:
-        if row.note:
-            console.print(f"  {LABELS[row.method]}: {row.note}", style="dim", highlight=False)
+    notes = dict.fromkeys(row.note for row in rows if row.note)
+    for note in notes:
+        methods = ", ".join(LABELS[row.method] for row in rows if row.note == note)
+        console.print(f"  {methods}: {note}", style="dim", highlight=False, soft_wrap=True)
+    pruned = any(row.units_pruned for row in rows if row.method == "onp")
     console.print(
-        f"Purified network: {folder.file('purified.safetensors')}\nReport:           {folder.file('report.md')}",
+        f"{'Purified network:' if pruned else 'Network, unchanged:'} {folder.file('purified.safetensors')}\n"
+        f"Report: {folder.file('report.md')}",
         soft_wrap=True,
     )
 

@@ -96,6 +96,9 @@ class UnitIndex:
     def __len__(self) -> int:
         return sum(layer.size for layer in self.layers)
 
+    def __repr__(self) -> str:
+        return f"UnitIndex({len(self)} units in {len(self.layers)} layers)"
+
     def __iter__(self) -> Iterator[UnitLayer]:
         return iter(self.layers)
 

@@ -21,6 +21,8 @@ from onp.units import index_units
 
 UNITS = {"mask": "pixels", "warp": "pixels", "wave": "norm"}
 """what sizes are given in, by the families of triggers with a target"""
+BORDERLINE = (0.3, 0.8)
+"""probabilities that another seed may well turn round"""
 
 
 def make_verdict(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
@@ -128,14 +130,18 @@ def units_of(record: dict[str, Any]) -> dict[str, str]:
 
 
 def headline(record: dict[str, Any]) -> str:
-    """The verdict in one sentence."""
+    """The verdict in a sentence, and where it might have come out otherwise in another."""
     confidence = f"probability of a backdoor {percent(record['confidence'])}"
     if record["verdict"] == "none":
-        return f"No evidence of a backdoor ({confidence}). That is no proof that there is none."
-    if record["target"] is None:
-        return f"Evidence of an all-to-all backdoor: a mask that sends every class to another ({confidence})."
-    suspect = label(record["classes"][record["target"]])
-    return f"Evidence of a backdoor towards class {suspect}, by a {record['kind']} ({confidence})."
+        said = f"No evidence of a backdoor ({confidence}). That is no proof that there is none."
+    elif record["target"] is None:
+        said = f"Evidence of an all-to-all backdoor: a mask that sends every class to another ({confidence})."
+    else:
+        suspect = label(record["classes"][record["target"]])
+        said = f"Evidence of a backdoor towards class {suspect}, by a {record['kind']} ({confidence})."
+    if BORDERLINE[0] <= record["confidence"] <= BORDERLINE[1]:
+        said += " A borderline case: ask again with other seeds and more images."
+    return said
 
 
 def read_verdict(path: Path) -> dict[str, Any]:

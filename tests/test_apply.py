@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from onp import apply as command
 from onp.apply import ApplyConfig, apply
-from onp.checkpoints import load_checkpoint
+from onp.checkpoints import load_checkpoint, sha256
 from onp.data import Normalisation
 from onp.errors import CheckpointError, ConfigError, MaskError, ModelError, OnpError
 from onp.export import export_onnx, export_program
@@ -219,6 +219,20 @@ def test_a_mask_for_another_network_is_refused(inputs: Path, tmp_path: Path) -> 
     with pytest.raises(MaskError, match="for a network of 464 units"):
         apply(replace(options(inputs, tmp_path / "out"), mask=mask))
     assert [path.name for path in tmp_path.iterdir()] == ["mask.json"]
+
+
+def test_a_mask_of_a_run_is_for_the_checkpoint_of_that_run(inputs: Path, tmp_path: Path) -> None:
+    """Units of another network of the same architecture would fit, and mean nothing."""
+    (tmp_path / "run" / "masks").mkdir(parents=True)
+    mask, report = tmp_path / "run" / "masks" / "onp.json", tmp_path / "run" / "report.json"
+    mask.write_text(json.dumps(MASK))
+    asked = replace(options(inputs, tmp_path / "deploy"), mask=mask, formats=("safetensors",))
+    report.write_text(json.dumps({"checkpoint_sha256": "0" * 64}))
+    with pytest.raises(ConfigError, match="onp.json was made for another checkpoint than .*weights.safetensors"):
+        apply(asked)
+    assert not (tmp_path / "deploy").exists()
+    report.write_text(json.dumps({"checkpoint_sha256": sha256(inputs / "weights.safetensors")}))
+    assert apply(asked) == 0
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError("disk full")])

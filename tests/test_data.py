@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_run import tiny_options
 from torch import Tensor
 
+import onp
 from onp.data import (
     DefenceData,
     ImageDataset,
@@ -31,6 +32,7 @@ from onp.data import (
 from onp.errors import DataError
 from onp.inputs import InputConfig, open_inputs
 from onp.masks import KeepMask
+from onp.models import build_model
 from onp.report import Judge
 from onp.units import index_units
 
@@ -393,3 +395,18 @@ def test_judging_reads_the_test_images_once(tmp_path: Path) -> None:
     first = judge(whole)
     shutil.rmtree(tmp_path / "images" / "test")
     assert first is not None and judge(whole) == first
+
+
+def test_data_and_masks_are_shown_in_a_line() -> None:
+    data = DefenceData(torch.zeros(6, 3, 8, 8), torch.arange(6) % 3, 3)
+    assert repr(data) == "DefenceData(6 images of 3 x 8 x 8, 3 classes)"
+    index = index_units(build_model("small_cnn", 3, 3).eval(), data.input_shape)
+    mask = KeepMask.all_kept(index).without([0, 1])
+    assert repr(mask) == f"KeepMask(2 of {len(index)} units pruned, rule 'zero')"
+    assert repr(index) == f"UnitIndex({len(index)} units in {len(index.layers)} layers)"
+
+
+def test_named_grey_data_is_grey_from_python_too() -> None:
+    assert onp.load_defence_data("digits", size=10).input_shape == (1, 16, 16)
+    assert onp.load_defence_data("digits", size=10, channels=3).input_shape == (3, 16, 16)
+    assert "purify" in dir(onp)

@@ -333,7 +333,35 @@ def test_class_folders_that_are_numbered_out_of_order_are_named(
     assert labels_of(opened(root)) == [0, 1] and "in the order 10, 2" in caplog.text
     caplog.clear()
     (root / "train" / "2").rename(root / "train" / "02")
-    assert labels_of(opened(root)) == [0, 1] and not caplog.text
+    assert labels_of(opened(root)) == [0, 1] and "in the order" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("0", "1", "3"), "class 3 is taken for the network's output 2, as there is no class 2 before it"),
+        (("1", "2", "4"), "class 4 is taken for the network's output 2, as there is no class 3 before it"),
+        (("5", "6"), "class 5 is taken for the network's output 0"),
+        (("00", "01", "02"), ""),
+        (("1", "2", "3"), ""),
+    ],
+)
+def test_a_class_that_seems_to_be_missing_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], words: str
+) -> None:
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        saved(tmp_path / "train" / name / "a.png", "RGB")
+    assert labels_of(opened(tmp_path)) == list(range(len(names)))
+    assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints", "__MACOSX", "cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        saved(tmp_path / "train" / name / "a.png", "RGB")
+    dataset = opened(tmp_path)
+    assert class_count(dataset) == 2 and labels_of(dataset) == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,13 @@ def load_trigger(path: Path, image_shape: tuple[int, ...], num_classes: int) -> 
     """Read a specification for images of `image_shape`; raises `DataError` naming what is wrong with it."""
     try:
         spec = json.loads(_file(path).read_text(encoding="utf-8"))
+        if not isinstance(spec, dict):
+            raise TypeError("no object")
+        expected = "expected target, mode, pattern and perhaps mask, alpha"
+        if missing := [name for name in ("target", "mode", "pattern") if name not in spec]:
+            raise DataError(f"trigger {str(path)!r} lacks {', '.join(missing)}; {expected}")
+        if unknown := sorted(set(spec) - {"target", "mode", "pattern", "mask", "alpha"}):
+            raise DataError(f"trigger {str(path)!r} has {', '.join(unknown)}; {expected}")
         target, mode = spec["target"], spec["mode"]
         target = target if target == ALL_TO_ALL else operator.index(target)
         if mode not in get_args(Mode):

@@ -22,7 +22,7 @@ BENCHES = {
 
 def main() -> None:
     """Run the benchmark that the first argument names."""
-    name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         print(f"usage: python -m onp.bench NAME [OPTIONS]; NAME is one of {', '.join(BENCHES)}, each with a --help")
         return
