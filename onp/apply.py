@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from onp.export import export_onnx, export_program, require_onnx
 from onp.inputs import InputConfig, open_inputs
 from onp.logits import logits_of
 from onp.masks import KeepMask, apply_mask
+from onp.paths import real_path
+from onp.run_folder import RunFolder, patient
 from onp.shrinking import Shrunk, load_shrunk, multiply_adds, parameter_count, same, save_shrunk, shrink
 from onp.units import UnitIndex, index_units
 
@@ -44,11 +46,14 @@ REASONS = 10
 class ApplyConfig(InputConfig):
     """Options of `python -m onp.apply`."""
 
-    checkpoint: Path = tyro.MISSING
+    run: Path | None = None
+    """folder of a run of onp.train: its network, mask (ONP's), images and their settings; --checkpoint and --data where
+    they have been moved. Without it, name them all"""
+    mask: Path | None = None
+    """keep mask (masks/METHOD.json of a run)"""
+    checkpoint: Path | None = None
     """weights of the network that the mask was made for: safetensors, or a PyTorch file of plain weights"""
-    mask: Path = tyro.MISSING
-    """keep mask of a run (masks/METHOD.json)"""
-    data: str = tyro.MISSING
+    data: str = ""
     """as for onp.train; every file is checked on the clean images that the options draw from train/"""
     device: tyro.conf.Suppress[str] = "cpu"
     """where the files are checked; a GPU would round otherwise"""
@@ -62,7 +67,8 @@ class ApplyConfig(InputConfig):
 
 def apply(config: ApplyConfig) -> int:
     """Apply a saved mask to a checkpoint, and write the result as files that deploy. Exit code 1: a file is missing."""
-    config = config.resolved()
+    config = _complete(config)
+    assert config.checkpoint is not None and config.mask is not None
     if "onnx" in config.formats:
         require_onnx()
     _check_origin(config.mask, config.checkpoint)
@@ -105,6 +111,28 @@ def apply(config: ApplyConfig) -> int:
         write_json(folder / "deploy.json", record)
     _show(record, config.out)
     return 1 if any("error" in file for file in files.values()) else 0
+
+
+def _complete(config: ApplyConfig) -> ApplyConfig:
+    """The options with what a run knows filled in; raises `ConfigError` where some are missing, or given twice."""
+    if config.run is None:
+        if missing := [f"--{name}" for name in ("checkpoint", "mask", "data") if not getattr(config, name)]:
+            raise ConfigError(f"no {', '.join(missing)}: give --run, or all of --checkpoint, --mask and --data")
+        return config.resolved()
+    names = {item.name: item.default for item in fields(InputConfig)}
+    for name in ("checkpoint", "data", "threads", "device"):  # may be given, or are of this machine
+        del names[name]
+    if twice := [name for name, default in names.items() if getattr(config, name) != default]:
+        raise ConfigError(f"--run knows {', '.join(twice)}; leave that out, or --run")
+    folder = RunFolder(real_path(config.run, "--run"))
+    of_run = patient(InputConfig.from_record(folder.options()), folder)
+    return replace(
+        config,
+        **{name: getattr(of_run, name) for name in names},
+        checkpoint=config.checkpoint or of_run.checkpoint,
+        data=config.data or of_run.data,
+        mask=config.mask or folder.file("masks", "onp.json"),
+    ).resolved()
 
 
 def _check_origin(mask: Path, checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ from onp.data import Normalisation
 from onp.errors import CheckpointError, ConfigError, MaskError, ModelError, OnpError
 from onp.export import export_onnx, export_program
 from onp.shrinking import load_shrunk
+from onp.train import complete_run
 
 ROOT = Path(__file__).parents[1]
 NETWORK = """
@@ -233,6 +235,25 @@ def test_a_mask_of_a_run_is_for_the_checkpoint_of_that_run(inputs: Path, tmp_pat
     assert not (tmp_path / "deploy").exists()
     report.write_text(json.dumps({"checkpoint_sha256": sha256(inputs / "weights.safetensors")}))
     assert apply(asked) == 0
+
+
+def test_a_run_knows_its_network_mask_and_images(tmp_path: Path) -> None:
+    from tiny_run import tiny_options  # a process of its own that imports this file does not find it
+
+    complete_run(replace(tiny_options(tmp_path), run_dir=tmp_path / "run"), Console(quiet=True))
+    asked = ApplyConfig(run=tmp_path / "run", out=tmp_path / "deploy", formats=("safetensors", "shrunk"), threads=1)
+    assert apply(asked) == 0
+    assert sha256(tmp_path / "deploy" / "purified.safetensors") == sha256(tmp_path / "run" / "purified.safetensors")
+    moved = (tmp_path / "weights.safetensors").rename(tmp_path / "moved.safetensors")
+    assert apply(replace(asked, checkpoint=moved, out=tmp_path / "again")) == 0
+    for changes, words in (
+        ({"out": tmp_path / "third"}, "weights.safetensors' does not exist"),
+        ({"mean": MEAN, "std": STD}, "--run knows mean, std; leave that out"),
+        ({"run": None}, "no --checkpoint, --mask, --data: give --run"),
+        ({"run": tmp_path}, "is not a run folder"),
+    ):
+        with pytest.raises(OnpError, match=words):
+            apply(replace(asked, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError("disk full")])
