@@ -72,16 +72,32 @@ def unlearning(outputs: Outputs) -> Tensor:
 
 
 def trigger_resistance(outputs: Outputs) -> Tensor:
-    """Minus the log-odds of the recovered trigger's success, times the trust in it.
+    """Minus the log-odds of the recovered trigger's success, times the trust in it (`resistance`)."""
+    return resistance(outputs.triggered, outputs.goals, outputs.trust)
+
+
+def resistance(triggered: Tensor, goals: Tensor, trust: float) -> Tensor:
+    """What logits (m, classes) of triggered images say of a trigger that leads them to `goals` (m,).
 
     Success is the mean probability of the class that it leads to. Log-odds tell 99 % from 99.9 %, so that every unit
     that carries a part of the backdoor shows while the rest of it still works. Below 0.001 the trigger has nothing left
     to tell. Backdoors at positions that clean images leave silent show nowhere else.
     """
-    log_p = outputs.triggered.log_softmax(1)
-    meant = F.one_hot(outputs.goals, log_p.shape[1]).bool()
+    log_p = triggered.log_softmax(1)
+    meant = F.one_hot(goals, log_p.shape[1]).bool()
     log_odds = log_p[meant].logsumexp(0) - log_p[~meant].logsumexp(0)
-    return -outputs.trust * log_odds.clamp(min=math.log(1e-3 / (1 - 1e-3)))
+    return -trust * log_odds.clamp(min=math.log(1e-3 / (1 - 1e-3)))
+
+
+def triggered_images(clues: Clues, data: DefenceData) -> tuple[Tensor, Tensor]:
+    """The network's inputs with the recovered trigger, and the classes that it leads them to, (m,).
+
+    Of images that are not of that class already; of all, where there are no others.
+    """
+    goals = clues.guide.goals(data.labels)
+    others = goals != data.labels
+    chosen = others if bool(others.any()) else ~others
+    return data.normalise(clues.guide(data.images[chosen])), goals[chosen]
 
 
 TERMS: dict[str, Callable[[Outputs], Tensor]] = {
@@ -127,11 +143,8 @@ class Objective:
         self.all_kept = KeepMask.all_kept(index)
         self.evaluations = 0
         self.scores: dict[bytes, tuple[KeepMask, Score]] = {}
-        trigger, self.trust = clues.guide, clues.trust
-        goals = trigger.goals(data.labels)
-        others = goals != data.labels
-        chosen = others if bool(others.any()) else ~others
-        self._goals, triggered = goals[chosen], data.normalise(trigger(data.images[chosen]))
+        self.trust = clues.trust
+        triggered, self._goals = triggered_images(clues, data)
         views = _views(model, data)
         cache = cache or ActivationCache()
         self.engines = {

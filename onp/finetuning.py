@@ -18,6 +18,8 @@ from onp.masks import KeepMask, apply_mask
 from onp.seeding import seeded
 
 Watch = Callable[[int, nn.Module], None]
+Worth = Callable[[nn.Module, DefenceData], float]
+"""what a network is worth on clean images"""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,17 @@ class FinetuneConfig:
 
 
 def finetune(
-    model: nn.Module, mask: KeepMask, data: DefenceData, config: FinetuneConfig | None = None, seed: int = 0
+    model: nn.Module,
+    mask: KeepMask,
+    data: DefenceData,
+    config: FinetuneConfig | None = None,
+    seed: int = 0,
+    worth: Worth | None = None,
 ) -> nn.Module:
     """A copy of `model`, pruned by `mask` and trained on with one half of the clean images.
 
-    It is taken behind the epoch with the least cross-entropy on the other half, or as it was: the trigger-free stop.
+    It is taken behind the epoch that is worth most on the other half, or as it was: the trigger-free stop. By default
+    that is the one with the least cross-entropy, which does not know of a backdoor that wakes.
     Pruned units stay exactly zero; under RNP's rule, "gamma", their beta learns on. Raises `ModelError` where training
     diverges.
     """
@@ -59,17 +67,21 @@ def finetune(
     taught, held_out = data.halves(seed)
     best = copy.deepcopy(model).eval()
     apply_mask(best, mask)
-    least = float(held_out.cross_entropy(logits_of(best, held_out.inputs)))
+    worth = worth or _fit
+    most = worth(best, held_out)
 
     def watch(epochs: int, network: nn.Module) -> None:
-        nonlocal least
-        loss = float(held_out.cross_entropy(logits_of(network.eval(), held_out.inputs)))
-        if loss < least:
-            least = loss
+        nonlocal most
+        if (now := worth(network.eval(), held_out)) > most:
+            most = now
             best.load_state_dict(network.state_dict())
 
     learn_on(model, mask, taught, config, seed, after_epoch=watch)
     return best
+
+
+def _fit(network: nn.Module, data: DefenceData) -> float:
+    return -float(data.cross_entropy(logits_of(network, data.inputs)))
 
 
 def learn_on(

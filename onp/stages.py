@@ -12,8 +12,11 @@ from torch import nn
 
 from baselines_rnp.removal import RemovalConfig, remove_backdoor
 from baselines_rnp.unlearn import unlearn
+from envs.rewards import resistance, triggered_images
+from onp.data import DefenceData
 from onp.errors import ModelError
-from onp.finetuning import FinetuneConfig, finetune
+from onp.finetuning import FinetuneConfig, Worth, finetune
+from onp.logits import logits_of
 from onp.masks import KeepMask
 from onp.purification import NO_EVIDENCE, MethodResult, Purification
 from onp.run_folder import RunFolder
@@ -41,20 +44,33 @@ def run_stage(row: str, purification: Purification, folder: RunFolder) -> Method
         return MethodResult(row, None, note=base.note)
     start = time.perf_counter()
     try:
-        network, mask, note = (
-            _remove(purification, folder) if row == "rnp_removal" else _finetune(purification, base.mask)
-        )
+        network, mask, note = _remove(purification, folder) if row == "rnp_removal" else _finetune(purification, base)
     except ModelError as error:
         return MethodResult(row, None, note=str(error))
     seconds = base.seconds + time.perf_counter() - start
     return MethodResult(row, mask, base.reward_evaluations, seconds, note, network=network)
 
 
-def _finetune(purification: Purification, mask: KeepMask) -> tuple[nn.Module, KeepMask, str]:
-    config = FinetuneConfig()
-    network = finetune(purification.model, mask, purification.data, config, purification.config.seed)
+def _finetune(purification: Purification, base: MethodResult) -> tuple[nn.Module, KeepMask, str]:
+    config, mask, seed = FinetuneConfig(), base.mask, purification.config.seed
+    assert mask is not None
+    worth = _worth(purification) if base.method == "onp" else None  # RNP knows no recovered trigger
+    network = finetune(purification.model, mask, purification.data, config, seed, worth)
     note = f"{config.epochs} epochs at the most" + ("" if mask.units_pruned else "; nothing was pruned before")
     return network, mask, note
+
+
+def _worth(purification: Purification) -> Worth:
+    """ONP's reward of a network that learns on: fidelity is to the labels, and the recovered trigger may not wake."""
+    clues, weights = purification.timed_clues[0], purification.config.env.reward
+
+    def worth(network: nn.Module, data: DefenceData) -> float:
+        triggered, goals = triggered_images(clues, data)
+        asleep = resistance(logits_of(network, triggered), goals, clues.trust)
+        loss = data.cross_entropy(logits_of(network, data.inputs))
+        return float(weights.trigger_resistance * asleep - weights.clean_fidelity * loss)
+
+    return worth
 
 
 def _remove(purification: Purification, folder: RunFolder) -> tuple[nn.Module, KeepMask, str]:

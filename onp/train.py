@@ -96,7 +96,7 @@ def complete_run(
     console.print("Judging every mask on the test images ...")
     rows = make_rows(folder, judge, purification.index)
     write_report(folder, judge, purification.index, rows, _facts(inputs, judge, folder, purification))
-    _add_stages(config, folder, console, others)
+    _add_stages(config, folder, console, others, purification)
     return folder
 
 
@@ -113,13 +113,19 @@ def missing_stages(config: TrainConfig) -> list[str]:
     return [row for row in rows_of(config.stages) if row not in {known.method for known in rows}]
 
 
-def _add_stages(config: TrainConfig, folder: RunFolder, console: Console, others: Sequence[RunFolder]) -> None:
+def _add_stages(
+    config: TrainConfig,
+    folder: RunFolder,
+    console: Console,
+    others: Sequence[RunFolder],
+    purification: Purification | None = None,
+) -> None:
     """Run the stages that a finished run lacks, judge them, and write the report anew."""
     missing = missing_stages(config)
     if not missing:
         return
     inputs = open_inputs(patient(config, folder))
-    purification = Purification(inputs.model, inputs.defence_data(), config)
+    purification = purification or Purification(inputs.model, inputs.defence_data(), config)
     _bind(folder, purification, others)
     for row in missing:
         if not folder.has(row):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,11 +27,12 @@ from onp.checkpoints import load_checkpoint
 from onp.data import DefenceData, Normalisation
 from onp.errors import ConfigError, ModelError
 from onp.evaluate import EvaluateConfig, evaluate
-from onp.finetuning import FinetuneConfig, finetune, learn_on
+from onp.finetuning import FinetuneConfig, Worth, finetune, learn_on
 from onp.masks import KeepMask, Rule, apply_mask, masked
 from onp.models import build_model
-from onp.purification import PurifyConfig
-from onp.stages import STAGES, rows_of
+from onp.purification import MethodResult, Purification, PurifyConfig
+from onp.run_folder import RunFolder
+from onp.stages import STAGES, rows_of, run_stage
 from onp.train import TrainConfig, complete_run
 from onp.units import UnitIndex, index_units
 
@@ -142,6 +144,22 @@ def test_the_other_half_says_when_to_stop(tiny: tuple[nn.Module, UnitIndex], lea
         losses = [float(F.cross_entropy(network(held_out.inputs), held_out.labels)) for network in candidates]
     assert losses.index(min(losses)) == epochs, "the case is not what it is for"
     assert same(state(finetune(model, mask, tiny_data(), config, 7)), state(candidates[epochs]))
+
+
+def test_another_judgement_says_when_to_stop(tiny: tuple[nn.Module, UnitIndex]) -> None:
+    model, index = tiny
+    mask, config = KeepMask.all_kept(index).without([2]), FinetuneConfig(batch_size=4, epochs=3)
+    taught, held_out = tiny_data().halves(7)
+    worths, seen = iter((0.0, -1.0, 2.0, 1.0)), list[Tensor]()
+
+    def worth(network: nn.Module, data: DefenceData) -> float:
+        assert not network.training
+        seen.append(data.images)
+        return next(worths)
+
+    found = finetune(model, mask, tiny_data(), config, 7, worth)
+    assert same(state(found), state(learn_on(model, mask, taught, replace(config, epochs=2), 7)))
+    assert len(seen) == 4 and all(torch.equal(images, held_out.images) for images in seen)
 
 
 def test_what_is_frozen(tiny: tuple[nn.Module, UnitIndex]) -> None:
@@ -283,6 +301,39 @@ def test_a_finished_run_gets_what_it_lacks(options: TrainConfig, copied: Path) -
     run(options, copied, stages=("removal", "finetune"))
     assert contents(copied) == after, "a run that lacks nothing was changed"
     assert evaluate(EvaluateConfig(copied)) == 0
+
+
+def test_fine_tuning_may_not_wake_the_recovered_trigger(
+    options: TrainConfig, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reward of ONP's network, by plain PyTorch; RNP, which knows no recovered trigger, stops by the loss."""
+    judgements, subjects = list[Worth | None](), list[Purification]()
+
+    def watched(model: nn.Module, mask: KeepMask, *others: Any) -> nn.Module:
+        judgements.append(others[-1])
+        return finetune(model, mask, *others)
+
+    def stage(row: str, purification: Purification, folder: RunFolder) -> MethodResult:
+        subjects.append(purification)
+        return run_stage(row, purification, folder)
+
+    monkeypatch.setattr(onp.stages, "finetune", watched)
+    monkeypatch.setattr("onp.train.run_stage", stage)
+    run(options, copied, stages=("finetune",))
+    judge, plain = judgements
+    assert judge is not None and plain is None
+    subject = subjects[0]
+    clues, data, network = subject.timed_clues[0], subject.held_out, subject.model
+    monkeypatch.setattr(type(clues), "trust", 0.7)
+    goals = clues.guide.goals(data.labels)
+    others = goals != data.labels
+    with torch.no_grad():
+        loss = float(F.cross_entropy(network(data.inputs), data.labels))
+        shown = network(data.normalise(clues.guide(data.images[others]))).softmax(1)
+    success = float(shown.gather(1, goals[others, None]).mean())
+    log_odds = math.log(max(success, 0.001) / (1 - max(success, 0.001)))
+    wanted = -0.3 * 0.7 * log_odds - 12 * loss
+    assert onp.stages._worth(subject)(network, data) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_stages_are_the_same_at_once_and_afterwards(options: TrainConfig, copied: Path, tmp_path: Path) -> None:
