@@ -1,4 +1,4 @@
-"""Image files: opening those that may come from a stranger, and what tensors look like.
+"""Image files: opening those that may come from a stranger, tensors of them, and what tensors look like.
 
 Opened are a few formats, 8 bits a channel, no more pixels than fit.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2 as transforms
 from torchvision.transforms.functional import to_pil_image
 
 from onp.errors import DataError, first_line, lacks_memory
@@ -33,6 +34,19 @@ def read_image(path: Path) -> Image.Image:
     """An image file as RGB; raises `DataError` where it is damaged or would not become 8-bit RGB without loss."""
     with _opened(path) as image:
         return image.convert("RGB")
+
+
+def tensor_transform(channels: int, size: tuple[int, int] | None) -> transforms.Compose:
+    """From a picture to a float tensor in [0, 1], grey if of one channel, of `size` (height, width) if given."""
+    return transforms.Compose(
+        [
+            transforms.Grayscale() if channels == 1 else transforms.RGB(),
+            transforms.ToImage(),
+            *([transforms.Resize(size, antialias=True)] if size else []),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.ToPureTensor(),
+        ]
+    )
 
 
 def picture_of(image: Tensor) -> Image.Image:

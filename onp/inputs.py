@@ -12,15 +12,13 @@ from torch.utils.data import Subset
 
 from onp.checkpoints import load_checkpoint
 from onp.checks import check_logits
-from onp.data import (
+from onp.data import DefenceData, Normalisation, balanced_order
+from onp.datasets import (
     GREY,
     NAMED_DATA,
-    DefenceData,
     ImageDataset,
-    Normalisation,
     Split,
     Thinned,
-    balanced_order,
     class_count,
     draw_defence_data,
     labels_of,

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from onp.data import ImageDataset, Normalisation, batches
+from onp.data import Normalisation
+from onp.datasets import ImageDataset, batches
 
 ApplyTrigger = Callable[[Tensor], Tensor]
 Target = int | Literal["all-to-all"]

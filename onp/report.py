@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 
 from baselines_rnp.rnp import threshold_masks
 from onp.checkpoints import load_checkpoint, read_json, write_atomically, write_json, write_text
-from onp.data import ImageDataset, in_memory, labels_of
+from onp.datasets import ImageDataset, in_memory, labels_of
 from onp.errors import ConfigError, DataError, FileError
 from onp.inputs import Inputs
 from onp.judge import Measurement, measure

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2 as transforms
 
 from onp.errors import DataError
-from onp.images import read_image
+from onp.images import read_image, tensor_transform
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +40,9 @@ def load_samples(folder: Path, shape: tuple[int, ...], resize: bool) -> Samples:
 
 def _read(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
     channels, height, width = shape
-    pixels = read_image(path).convert("L" if channels == 1 else "RGB")
-    if not resize and pixels.size != (width, height):
-        found = f"{pixels.width} x {pixels.height}"
+    picture = read_image(path)
+    if not resize and picture.size != (width, height):
+        found = f"{picture.width} x {picture.height}"
         raise DataError(f"{path} is {found}, the network's images are {width} x {height}; give --image-size")
-    # as in onp.data
-    steps = [transforms.ToImage(), transforms.Resize((height, width), antialias=True)]
-    return transforms.Compose([*steps, transforms.ToDtype(torch.float32, scale=True), transforms.ToPureTensor()])(
-        pixels
-    )
+    image: Tensor = tensor_transform(channels, (height, width))(picture)
+    return image

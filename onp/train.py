@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from onp.checkpoints import save_weights, sha256, write_json
 from onp.commands import console, print_untraced, run_command
-from onp.data import labels_of
+from onp.datasets import labels_of
 from onp.errors import ConfigError
 from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask

@@ -14,7 +14,7 @@ from rich.table import Table
 from onp.attacks.recipes import Recipe, expand
 from onp.attacks.zoo import Zoo
 from onp.commands import check_output, console, run_command
-from onp.data import named_folders
+from onp.datasets import named_folders
 from onp.errors import ConfigError
 from onp.inputs import torch_device, use_threads
 from onp.paths import real_path

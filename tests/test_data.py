@@ -15,19 +15,16 @@ from tiny_run import tiny_options
 from torch import Tensor
 
 import onp
-from onp.data import (
-    DefenceData,
+from onp.data import DefenceData, Normalisation, balanced_order, random_crop_and_flip
+from onp.datasets import (
     ImageDataset,
-    Normalisation,
     TensorImages,
-    balanced_order,
     batches,
     class_count,
     draw_defence_data,
     in_memory,
     labels_of,
     load_dataset,
-    random_crop_and_flip,
 )
 from onp.errors import DataError
 from onp.inputs import InputConfig, open_inputs

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from onp.attacks.triggers import load_trigger
 from onp.bench.suite import read_suites
 from onp.checkpoints import load_checkpoint, read_json, read_tensors
-from onp.data import ImageDataset, Normalisation, class_count, labels_of, load_dataset
+from onp.data import Normalisation
+from onp.datasets import ImageDataset, class_count, labels_of, load_dataset
 from onp.errors import CheckpointError, ConfigError, DataError, FileError, OnpError
 from onp.images import read_image
 from onp.inputs import InputConfig

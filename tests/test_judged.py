@@ -13,7 +13,8 @@ from torch.utils.data import Subset
 
 from onp.attacks.recipes import SUITES
 from onp.attacks.triggers import load_trigger
-from onp.data import ImageDataset, Normalisation, load_dataset
+from onp.data import Normalisation
+from onp.datasets import ImageDataset, load_dataset
 from onp.inputs import load_model
 from onp.judge import measure
 

@@ -14,7 +14,8 @@ from onp.attacks.augment import crop_and_flip
 from onp.attacks.patterns import badnets, wanet
 from onp.attacks.poisoning import ATTACKS, Attack, Poisoning, TrainingConfig, draw_poisoning, train_backdoored
 from onp.attacks.triggers import Trigger
-from onp.data import Normalisation, TensorImages
+from onp.data import Normalisation
+from onp.datasets import TensorImages
 from onp.errors import ConfigError
 from onp.judge import ALL_TO_ALL, meant, measure
 from onp.models import build_model

@@ -19,7 +19,8 @@ from baselines_rnp.rnp import THRESHOLDS, RNPConfig, choose_threshold, run_rnp, 
 from baselines_rnp.unlearn import unlearn
 from onp.checkpoints import load_checkpoint
 from onp.config import UnlearnConfig
-from onp.data import DefenceData, Normalisation, draw_defence_data, load_dataset
+from onp.data import DefenceData, Normalisation
+from onp.datasets import draw_defence_data, load_dataset
 from onp.errors import ModelError
 from onp.masks import masked
 from onp.models import build_model

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from onp.attacks.triggers import load_trigger
-from onp.data import ImageDataset, Normalisation, TensorImages, batches, load_dataset
+from onp.data import Normalisation
+from onp.datasets import ImageDataset, TensorImages, batches, load_dataset
 from onp.inputs import load_model
 from onp.judge import Measurement, measure
 from onp.masks import KeepMask, masked

@@ -24,7 +24,8 @@ from onp.attacks.recipes import CLEAN, DATA, SUITES, Recipe, expand, make_recipe
 from onp.attacks.zoo import Zoo, refusal
 from onp.bench.suite import read_suites
 from onp.commands import run_command
-from onp.data import balanced_order, labels_of, load_dataset
+from onp.data import balanced_order
+from onp.datasets import labels_of, load_dataset
 from onp.errors import CheckpointError, ConfigError, DataError
 from onp.inputs import InputConfig, open_inputs
 from onp.judge import ALL_TO_ALL, Measurement

@@ -13,7 +13,8 @@ from onp.attacks.adversarial import perturb
 from onp.attacks.fitting import FitConfig, fit
 from onp.attacks.patterns import badnets, blended, corners, dynamic, l0, l2, sig, trojan, wanet
 from onp.attacks.triggers import Trigger
-from onp.data import ImageDataset, Normalisation, batches, random_crop_and_flip
+from onp.data import Normalisation, random_crop_and_flip
+from onp.datasets import ImageDataset, batches
 from onp.errors import ConfigError
 from onp.judge import ALL_TO_ALL, Target, meant
 from onp.seeding import seeded

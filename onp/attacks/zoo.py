@@ -20,7 +20,8 @@ from onp.attacks.poisoning import ATTACKS, draw_poisoning
 from onp.attacks.recipes import DATA, Recipe
 from onp.attacks.triggers import Trigger
 from onp.checkpoints import load_checkpoint, read_json, read_tensors, save_weights, write_json, write_tensors
-from onp.data import GREY, Normalisation, TensorImages, balanced_order, labels_of, load_dataset
+from onp.data import Normalisation, balanced_order
+from onp.datasets import GREY, TensorImages, labels_of, load_dataset
 from onp.errors import ConfigError, DataError
 from onp.judge import Measurement, measure
 from onp.layout import fastest_layout

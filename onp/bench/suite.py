@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from onp.checkpoints import read_json
-from onp.data import NAMED_DATA, named_folders
+from onp.datasets import NAMED_DATA, named_folders
 from onp.errors import ConfigError, FileError
 from onp.paths import real_path
 
