@@ -86,7 +86,7 @@ class PointerNetwork(nn.Module):
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
         nn.init.constant_(self.stop.bias, -2.0)
-        self._embedding: tuple[tuple[int, ...], Tensor] | None = None
+        self._embedding: tuple[Tensor, Tensor] | None = None
 
     def forward(self, observation: dict[str, Tensor]) -> Latents:
         embedding, context = self._read(observation)
@@ -110,9 +110,9 @@ class PointerNetwork(nn.Module):
         """Embeddings of all units; between updates they are computed once."""
         if torch.is_grad_enabled():
             return self.encoder(self.x, self.edge_index, self.edge_attr)
-        version = tuple(parameter._version for parameter in self.encoder.parameters())
-        if self._embedding is None or self._embedding[0] != version:
-            self._embedding = (version, self.encoder(self.x, self.edge_index, self.edge_attr))
+        weights = nn.utils.parameters_to_vector(self.encoder.parameters())  # no version of theirs tells of every write
+        if self._embedding is None or not torch.equal(self._embedding[0], weights):
+            self._embedding = (weights, self.encoder(self.x, self.edge_index, self.edge_attr))
         return self._embedding[1]
 
     def _logits(self, embedding: Tensor, context: Tensor, observation: dict[str, Tensor]) -> Tensor:

@@ -36,17 +36,22 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self.fruitless: dict[bytes, set[int]] = {}
         """those of them that earned nothing"""
         self._place = b""
-        self._valid = np.zeros(0)
+        self._valid = self._shown = np.zeros(0)
         self._actions: tuple[int, ...] = ()
         self._return = self._highest = 0.0
         self._idle = 0
+        self._usual = True
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, and perhaps replay; `seed` and `options` go to the environment."""
+        """Reset, and perhaps replay; `seed` and `options` go to the environment.
+
+        With `options`, which ask for a start of their own, nothing is replayed, and nothing remembered.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
+        self._usual = not options
         self._actions, self._return, self._highest, self._idle = (), 0.0, 0.0, 0
         self._arrive(observation)
-        if self.best and self.generator.random() < self.fraction:
+        if self._usual and self.best and self.generator.random() < self.fraction:
             _, actions = list(self.best.values())[self.generator.integers(len(self.best))]
             for action in actions[: self.generator.integers(len(actions)) + 1]:
                 observation, _, _, _, info = self._step(np.int64(action))
@@ -69,7 +74,7 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self._idle += 1
         if self._return > self._highest + ROUNDING:
             self._highest, self._idle = self._return, 0
-            if not (terminated or truncated):
+            if self._usual and not (terminated or truncated):
                 self._remember(observation["kept"].tobytes())
         info = {**info, "return": self._return}
         return observation, reward, terminated, truncated or self._idle >= self.patience, info
@@ -78,14 +83,20 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
         self._place = b"".join(value.tobytes() for name, value in observation.items() if name not in DERIVED)
         self._valid = observation["action_mask"]
 
+    def action_masks(self) -> np.ndarray:
+        """Which actions the last observation shows as valid, bool: what sb3-contrib's MaskablePPO asks for."""
+        return self._shown.astype(bool)
+
     def _without(self, observation: dict[str, np.ndarray], *spent: dict[bytes, set[int]]) -> dict[str, np.ndarray]:
         """The observation without this place's actions in the first of `spent` that leaves any; else as it is."""
+        self._shown = self._valid
         for actions in spent:
             left = self._valid.copy()
             left[list(actions.get(self._place, ()))] = 0
             if left.any():
-                return {**observation, "action_mask": left}
-        return observation
+                self._shown = left
+                break
+        return {**observation, "action_mask": self._shown}
 
     def _remember(self, kept: bytes) -> None:
         shorter = kept not in self.best or len(self._actions) < len(self.best[kept][1])

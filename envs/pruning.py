@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -13,13 +15,13 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from envs.actions import ActionSet
-from envs.rewards import TERMS, Objective
+from envs.rewards import Objective, Term
 from onp.checks import check_network
 from onp.clues import Clues, find_clues
 from onp.config import EnvConfig
 from onp.data import DefenceData
 from onp.engine import ActivationCache
-from onp.errors import MaskError
+from onp.errors import ConfigError, MaskError
 from onp.graph import build_graph
 from onp.journal import Journal
 from onp.masks import KeepMask
@@ -40,7 +42,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     (`env.unwrapped.actions.bulks` has layers and counts); the last action stops. With `prune_groups` every unit tied to
     a pruned or restored one goes with it. An invalid action (one that would undo the last, a bulk of more units than
     the layer still has, a number out of range) is a no-op with reward 0 that costs a step and is counted in
-    `info["invalid_actions"]`; it never raises.
+    `info["invalid_actions"]`; it never raises. A step behind the end of an episode does (`ResetNeeded`).
 
     ## Observation space
     `Dict`, only what changes; what does not change (node features, edges) is `env.unwrapped.graph`, a PyG `Data`.
@@ -57,8 +59,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     with the sign changed for units that only one of the two keeps.
 
     ## Reward
-    The change of the potential, a weighted sum of the terms in `envs.rewards` (weights: `EnvConfig.reward`), so that
-    the return of any prefix of an episode is the worth of its mask.
+    The change of the potential, a weighted sum of the terms in `envs.rewards` (weights: `EnvConfig.reward`) and of
+    `own_terms`, so that the return of any prefix of an episode is the worth of its mask.
 
     ## Start
     Every unit is kept, or those of `reset(options={"keep_mask": mask})`. `reset(seed=...)` is accepted; nothing in the
@@ -71,16 +73,22 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ## Info
     `terms` (unweighted value of every reward term), `potential`, `units_pruned` (units, not actions),
     `invalid_actions` (this episode), `reward_evaluations` (distinct masks scored since construction, sensitivity
-    passes included), `keep_mask` (the `KeepMask`).
+    passes included), `keep_mask` (the `KeepMask`, a copy).
+
+    ## Render
+    With `render_mode="ansi"`, `render()` gives the step, the potential and its terms, and which layers lost units.
 
     ## Arguments
-    `model`: the network, giving logits; `data`: the clean images to score masks on; `config`: see `EnvConfig`;
+    `model`: the network, giving logits (a copy of it is pruned: `model` stays as it is, and changes to it later on are
+    not seen); `data`: the clean images to score masks on; `config`: see `EnvConfig`;
     `clues`: what the reward needs besides (made from the network and `data` when None, with `seed`); `index`: the
     network's units and `cache`: memory for activations (made when None; several environments may share them);
-    `journal`: what was computed before a kill (nothing when None).
+    `journal`: what was computed before a kill (nothing when None); `own_terms`: further reward terms by name, each a
+    weight and a function of `envs.rewards.Outputs` (effects, the observed ones too, do not count them);
+    `render_mode`: None or "ansi".
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's convention)
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 (Gymnasium's convention)
 
     def __init__(
         self,
@@ -92,14 +100,28 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         index: UnitIndex | None = None,
         cache: ActivationCache | None = None,
         journal: Journal | None = None,
+        own_terms: Mapping[str, tuple[float, Term]] | None = None,
+        render_mode: str | None = None,
     ) -> None:
+        if render_mode not in (None, "ansi"):
+            raise ConfigError(f"render_mode {render_mode!r}: expected None or 'ansi'")
+        self.render_mode = render_mode
         self.config = config or EnvConfig()
         self.index = index or index_units(model, data.input_shape)
+        model = copy.deepcopy(model).eval()
         data = check_network(model, data)
         clues = clues or find_clues(model, data, self.config, seed)
-        cache = cache or ActivationCache.of_gib(self.config.cache_gib)
+        self.cache = cache or ActivationCache.of_gib(self.config.cache_gib)
         self.objective = Objective(
-            model, clues, self.index, data, self.config.reward, self.config.effect_images, cache, journal
+            model,
+            clues,
+            self.index,
+            data,
+            self.config.reward,
+            self.config.effect_images,
+            self.cache,
+            journal,
+            own_terms,
         )
         self.effects = {
             **self.objective.effects(self.objective.all_kept),
@@ -130,9 +152,11 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         """Another environment over the same network, with episodes of its own.
 
         Scores, effects and `reward_evaluations` are shared, so several twins in a vectorised environment
-        (`DummyVecEnv([env.twin] * 4)`) never pay twice for a mask.
+        (`DummyVecEnv([env.twin] * 4)`) never pay twice for a mask. (`copy.copy(env)` is another that goes on from where
+        this one's episode is, for search in trees.)
         """
         twin = copy.copy(self)
+        twin.action_space = copy.deepcopy(self.action_space)  # it draws by a seed of its own
         twin.reset()
         return twin
 
@@ -152,17 +176,20 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         if mask.rule != "zero":
             raise MaskError(f"options['keep_mask'] is of rule {mask.rule!r}; the environment prunes by rule 'zero'")
         mask.check_fits(self.index)
-        self._begin(mask)
+        self._begin(_copied(mask))
         return self._observation(), self._info()
 
     def _begin(self, mask: KeepMask) -> None:
         self.mask = self.best = mask
         self.initial_score = self.score = self.objective.score(mask)
         self.steps = self.invalid_actions = 0
+        self.terminated = False
         self._undoing: list[int] = []
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Prune, restore or stop; see the class docstring."""
+        """Prune, restore or stop; see the class docstring. Raises `ResetNeeded` where the episode has ended."""
+        if self.terminated:
+            raise gym.error.ResetNeeded("the episode has ended; call reset() before the next step()")
         action = int(action)
         before = self.score.potential
         self.steps += 1
@@ -175,8 +202,29 @@ class PruningEnv(gym.Env[Observation, np.int64]):
                 self.best = self.mask
         elif not stopped:
             self.invalid_actions += 1
-        terminated = stopped or self.steps >= self.config.max_steps
-        return self._observation(), self.score.potential - before, terminated, False, self._info()
+        self.terminated = stopped or self.steps >= self.config.max_steps
+        return self._observation(), self.score.potential - before, self.terminated, False, self._info()
+
+    def render(self) -> str | None:
+        """The episode in words, with `render_mode="ansi"`; else None."""
+        if self.render_mode is None:
+            return None
+        layers = [(layer.name, self.mask.keep[layer.offset : layer.offset + layer.size]) for layer in self.index]
+        pruned = [f"  {name}: {int((~kept).sum())} of {len(kept)}" for name, kept in layers if not bool(kept.all())]
+        terms = ", ".join(f"{name} {value:.4f}" for name, value in self.score.terms.items())
+        return "\n".join(
+            [
+                f"step {self.steps} of {self.config.max_steps}{', the end' * self.terminated}",
+                f"potential {self.score.potential:.4f} ({self.score.potential - self.initial_score.potential:+.4f})",
+                f"  {terms}",
+                f"units pruned: {self.mask.units_pruned}",
+                *pruned,
+            ]
+        )
+
+    def close(self) -> None:
+        """Give up the activations that are kept between masks; twins share them, and compute them again."""
+        self.cache.clear()
 
     def action_masks(self) -> np.ndarray:
         """Which actions are valid, (N + B + 1,) bool: what sb3-contrib's MaskablePPO asks for."""
@@ -205,10 +253,15 @@ class PruningEnv(gym.Env[Observation, np.int64]):
 
     def _info(self) -> dict[str, Any]:
         return {
-            "terms": {name: self.score.terms[name] for name in TERMS},
+            "terms": dict(self.score.terms),
             "potential": self.score.potential,
             "units_pruned": self.mask.units_pruned,
             "invalid_actions": self.invalid_actions,
             "reward_evaluations": self.reward_evaluations,
-            "keep_mask": self.mask,
+            "keep_mask": _copied(self.mask),
         }
+
+
+def _copied(mask: KeepMask) -> KeepMask:
+    """The mask with a tensor of its own: who gets it may write on it."""
+    return replace(mask, keep=mask.keep.clone())

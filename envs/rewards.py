@@ -18,6 +18,7 @@ from onp.clues import Clues
 from onp.config import RewardConfig
 from onp.data import DefenceData, random_crop_and_flip
 from onp.engine import ActivationCache, Engine
+from onp.errors import ConfigError
 from onp.journal import Journal, Values
 from onp.masks import KeepMask
 from onp.units import UnitIndex
@@ -45,6 +46,8 @@ class Outputs:
     """classes that the recovered trigger leads these to, (m,)"""
     trust: float
     """trust in the recovered trigger, in [0, 1]"""
+    kept: Tensor
+    """which units the mask keeps, (N,) bool"""
 
 
 def clean_accuracy(outputs: Outputs) -> Tensor:
@@ -100,7 +103,8 @@ def triggered_images(clues: Clues, data: DefenceData) -> tuple[Tensor, Tensor]:
     return data.normalise(clues.guide(data.images[chosen])), goals[chosen]
 
 
-TERMS: dict[str, Callable[[Outputs], Tensor]] = {
+Term = Callable[[Outputs], Tensor]
+TERMS: dict[str, Term] = {
     "clean_accuracy": clean_accuracy,
     "clean_fidelity": clean_fidelity,
     "unlearning": unlearning,
@@ -124,7 +128,8 @@ class Objective:
 
     `evaluations` counts distinct masks scored, and sensitivity passes. Effects are estimated on the first
     `effect_images` images (all by default), scores always on all. `cache` keeps activations between masks, `journal`
-    what was computed, in case the job is killed.
+    what was computed, in case the job is killed. `own_terms` are further terms of the potential, each a weight and a
+    function, by name; effects know nothing of them. Raises `ConfigError` for a name that `TERMS` has.
     """
 
     def __init__(
@@ -137,7 +142,12 @@ class Objective:
         effect_images: int | None = None,
         cache: ActivationCache | None = None,
         journal: Journal | None = None,
+        own_terms: Mapping[str, tuple[float, Term]] | None = None,
     ) -> None:
+        if taken := sorted(TERMS.keys() & (own_terms or {})):
+            raise ConfigError(f"own_terms {taken}: there are terms of that name; give others, or reweight by `reward`")
+        self.terms = {name: (getattr(weights, name), term) for name, term in TERMS.items()} | dict(own_terms or {})
+        """weight and function of every term"""
         self.clues, self.index, self.data = clues, index, data
         self.weights, self.effect_images, self.journal = weights, effect_images, journal or Journal()
         self.all_kept = KeepMask.all_kept(index)
@@ -159,7 +169,12 @@ class Objective:
         """The first `images` logits at every place."""
         logits = {place: engine.logits(mask)[:images] for place, engine in self.engines.items()}
         return Outputs(
-            self.data.labels[:images], self._original[:images], **logits, goals=self._goals[:images], trust=self.trust
+            self.data.labels[:images],
+            self._original[:images],
+            **logits,
+            goals=self._goals[:images],
+            trust=self.trust,
+            kept=mask.keep.to(self.data.labels.device),
         )
 
     @torch.inference_mode(False)  # what is kept for later masks has to serve gradients too
@@ -200,8 +215,8 @@ class Objective:
         if mask.key not in self.scores:
             self.evaluations += 1
             values = self.journal.recall(b"score" + mask.key, lambda: self._terms(mask))
-            terms = {name: _finite(float(values[name])) for name in TERMS}
-            total = sum(getattr(self.weights, name) * value for name, value in terms.items())
+            terms = {name: _finite(float(values[name])) for name in self.terms}
+            total = sum(self.terms[name][0] * value for name, value in terms.items())
             self.scores[mask.key] = (mask, Score(total, terms))
         else:  # an episode may go on from here
             for engine in self.engines.values():
@@ -210,7 +225,7 @@ class Objective:
 
     def _terms(self, mask: KeepMask) -> Values:
         outputs = self._outputs(mask)
-        return {name: term(outputs).cpu() for name, term in TERMS.items()}
+        return {name: torch.as_tensor(term(outputs)).cpu() for name, (_, term) in self.terms.items()}
 
 
 def _views(model: nn.Module, data: DefenceData) -> Tensor:

@@ -136,6 +136,7 @@ def find_clues(
     Where the masks of classes are conclusive, nothing else is looked for: it could not be trusted more. `progress` is
     called with what comes next. Raises what `onp.checks.check_network` does.
     """
+    model = copy.deepcopy(model).eval()
     data, journal = check_network(model, data), journal or Journal()
     progress("unlearning a copy")
     unlearned = copy.deepcopy(model).eval()

@@ -92,6 +92,15 @@ class ActivationCache:
         for key in [key for key in self._entries if key[0] is owner]:
             self._drop(key)
 
+    def clear(self) -> None:
+        """Give up every value."""
+        self._entries.clear()
+        self.bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: without the values, which are computed again."""
+        return {**self.__dict__, "_entries": OrderedDict(), "bytes": 0}
+
     def _drop(self, key: Any) -> None:
         self.bytes -= self._entries.pop(key)[0]
 

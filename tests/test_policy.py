@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,11 +229,24 @@ def test_the_actor_and_critic_paths_agree(env: PruningEnv) -> None:
     assert torch.equal(network.forward_critic(observation), values)
 
 
-def test_remembered_embeddings_follow_the_weights(env: PruningEnv) -> None:
+def negated(policy: GraphPolicy) -> None:
+    with torch.no_grad():
+        policy.mlp_extractor.encoder.embed.weight.mul_(-1)
+
+
+def written_over(policy: GraphPolicy) -> None:
+    policy.mlp_extractor.encoder.embed.weight.data.mul_(-1)  # PyTorch counts no version of it
+
+
+def of_a_vector(policy: GraphPolicy) -> None:
+    policy.load_from_vector(-policy.parameters_to_vector())
+
+
+@pytest.mark.parametrize("change", [negated, written_over, of_a_vector])
+def test_remembered_embeddings_follow_the_weights(env: PruningEnv, change: Callable[[GraphPolicy], None]) -> None:
     agent, observation = stirred(agent_of(env)), observations(env)
     before = probabilities(agent, observation)
-    with torch.no_grad():
-        agent.policy.mlp_extractor.encoder.embed.weight.mul_(-1)
+    change(agent.policy)
     after = probabilities(agent, observation)
     fresh = agent_of(env)
     fresh.policy.load_state_dict(agent.policy.state_dict())

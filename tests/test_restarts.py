@@ -232,6 +232,29 @@ def test_the_last_action_of_an_episode_counts_too() -> None:
     assert [left(env, action)[0] for action in (2, 0, 1, 3)] == [[0, 1, 2, 3], [0, 1, 3], [1, 3], [3]]
 
 
+def test_with_a_start_of_ones_own_nothing_is_replayed_or_remembered() -> None:
+    env = ReturnToBest(Picks(9), fraction=1.0, elites=9, patience=9, seed=0)
+    for _ in range(9):
+        _, info = env.reset(options={"from": "elsewhere"})
+        assert info["picked"] == []
+        env.step(np.int64(1))
+    assert env.best == {}
+    env.reset()
+    env.step(np.int64(1))
+    assert [actions for _, actions in env.best.values()] == [(1,)]
+    assert env.reset()[1]["picked"] == [1] and env.reset(options={"from": "elsewhere"})[1]["picked"] == []
+
+
+def test_action_masks_are_those_of_the_observation() -> None:
+    env = ReturnToBest(Picks(9), fraction=0.0, elites=1, patience=9, seed=0)
+    for action in (1, 0, 2):
+        observation, _ = env.reset()
+        assert env.action_masks().tolist() == observation["action_mask"].astype(bool).tolist()
+        observation = env.step(np.int64(action))[0]
+        assert env.action_masks().tolist() == observation["action_mask"].astype(bool).tolist()
+    assert env.reset()[0]["action_mask"].tolist() == [0, 0, 0, 1], "what was taken is no longer shown"
+
+
 # --- patience and returns -------------------------------------------------------------------------------
 
 

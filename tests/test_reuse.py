@@ -184,6 +184,122 @@ def test_the_engine_takes_masks_of_its_own_network(data: DefenceData) -> None:
         engine.logits(KeepMask.all_kept(index_units(eight, (1, 8, 8))).without([1]))
 
 
+# --- what is the user's stays the user's ---------------------------------------------------------------------
+
+
+def test_the_modes_of_the_network_stay(data: DefenceData, env: PruningEnv) -> None:
+    model = TinyNet().train()
+    model.bn.eval()  # type: ignore[union-attr]
+    quick = EnvConfig(unlearn=UnlearnConfig(max_epochs=1), recovery=TriggerRecoveryConfig(steps=1))
+    PruningEnv(model, data, EnvConfig(), env.objective.clues)
+    find_clues(model, data, quick, seed=0)
+    assert {name: module.training for name, module in model.named_modules()} == {
+        name: name != "bn" for name, _ in model.named_modules()
+    }
+
+
+def test_masks_that_go_in_and_out_may_be_written_on(env: PruningEnv) -> None:
+    returns = play(env)
+    _, info = env.reset()
+    info["keep_mask"].keep[:] = False
+    given = KeepMask.all_kept(env.index)
+    env.reset(options={"keep_mask": given})
+    given.keep[:] = False
+    _, _, _, _, info = env.step(np.int64(3))
+    assert info["units_pruned"] == 1
+    assert bool(env.reset()[0]["kept"].all()) and play(env) == returns
+
+
+def test_twins_draw_actions_by_seeds_of_their_own(env: PruningEnv) -> None:
+    twin = env.twin()
+    env.action_space.seed(0)
+    alone = [env.action_space.sample() for _ in range(5)]
+    env.action_space.seed(0)
+    beside = []
+    for _ in range(5):
+        beside.append(env.action_space.sample())
+        twin.action_space.seed(9)
+        twin.action_space.sample()
+    assert beside == alone
+
+
+def test_a_copy_goes_on_from_where_the_episode_is(env: PruningEnv) -> None:
+    env.reset()
+    env.step(np.int64(2))
+    branch = copy.copy(env)
+    here, there = env.step(np.int64(5)), branch.step(np.int64(5))
+    assert here[1] == there[1] and here[4] == there[4]
+    branch.step(np.int64(0))
+    assert env.steps == 2 and branch.steps == 3 and branch.objective is env.objective
+
+
+def test_copies_carry_no_activations(env: PruningEnv) -> None:
+    returns, evaluations = play(env), env.reward_evaluations
+    assert env.cache.bytes > 0
+    other = pickle.loads(pickle.dumps(env))
+    assert other.cache.bytes == 0
+    env.close()
+    assert env.cache.bytes == 0
+    env.objective.scores.clear()  # so that masks are computed, and not remembered
+    assert play(env) == pytest.approx(returns, abs=1e-6) and env.reward_evaluations > evaluations
+    assert env.cache.bytes > 0
+    assert play(other) == returns
+
+
+# --- episodes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("actions", [(-1,), (2, -1), (2, 2, 2, 2, 2)])
+def test_no_step_follows_the_end(env: PruningEnv, actions: tuple[int, ...]) -> None:
+    env.reset()
+    for action in actions:
+        terminated = env.step(np.int64(action % len(env.actions)))[2]
+    assert terminated
+    with pytest.raises(gym.error.ResetNeeded, match=r"call reset\(\)"):
+        env.step(np.int64(0))
+    env.reset()
+    assert not env.step(np.int64(0))[2]
+
+
+def test_the_episode_in_words(data: DefenceData, env: PruningEnv) -> None:
+    shown = gym.make(
+        "onp/NeuronPruning-v0", model=TinyNet(), data=data, config=EnvConfig(max_steps=2), clues=env.objective.clues,
+        render_mode="ansi",
+    )  # fmt: skip
+    shown.reset()
+    for action in (0, 1):
+        *_, info = shown.step(np.int64(action))
+    text = shown.render()
+    assert isinstance(text, str) and text.startswith("step 2 of 2, the end\npotential ")
+    assert f"unlearning {info['terms']['unlearning']:.4f}" in text
+    first = env.index.layers[0]
+    assert text.endswith(f"units pruned: 2\n  {first.name}: 2 of {first.size}")
+    assert env.render() is None
+    with pytest.raises(ConfigError, match="render_mode 'human': expected None or 'ansi'"):
+        PruningEnv(TinyNet(), data, EnvConfig(), env.objective.clues, render_mode="human")
+
+
+def test_reward_terms_of_ones_own(data: DefenceData, env: PruningEnv) -> None:
+    torch.manual_seed(0)
+    model, clues = TinyNet().eval(), env.objective.clues
+    terms = {
+        "kept": (0.5, lambda outputs: outputs.kept.float().mean()),
+        "weight": (0.0, lambda outputs: outputs.pruned.abs().max()),
+        "broken": (1e-9, lambda outputs: float("nan")),
+    }
+    own = PruningEnv(model, data, env.config, clues, own_terms=terms)
+    plain = PruningEnv(model, data, env.config, clues)
+    assert np.array_equal(own.reset()[0]["effects"], plain.reset()[0]["effects"])
+    for action in (2, 5):
+        (_, reward, _, _, info), (_, without, _, _, other) = own.step(np.int64(action)), plain.step(np.int64(action))
+        assert reward == pytest.approx(without - 0.5 / len(env.index), abs=1e-6)
+        assert info["terms"] == {**other["terms"], **{name: info["terms"][name] for name in terms}}
+        assert info["terms"]["kept"] == pytest.approx(1 - info["units_pruned"] / len(env.index))
+        assert info["terms"]["weight"] > 0 and info["terms"]["broken"] == -1e6
+    with pytest.raises(ConfigError, match="own_terms \\['unlearning'\\]: there are terms of that name"):
+        PruningEnv(model, data, env.config, clues, own_terms={"unlearning": terms["kept"]})
+
+
 # --- settings ------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,9 @@ def logits(*probabilities: list[float]) -> Tensor:
 
 def outputs(**changes: Any) -> Outputs:
     sure = logits([0.5, 0.25, 0.25], [0.25, 0.5, 0.25])
-    return replace(Outputs(torch.tensor([0, 1]), sure, sure, sure, sure, torch.tensor([2, 2]), trust=0.5), **changes)
+    kept = torch.ones(3, dtype=torch.bool)
+    given = Outputs(torch.tensor([0, 1]), sure, sure, sure, sure, torch.tensor([2, 2]), trust=0.5, kept=kept)
+    return replace(given, **changes)
 
 
 # --- terms ----------------------------------------------------------------------------------------------
