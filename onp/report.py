@@ -27,7 +27,7 @@ from onp.inputs import Inputs
 from onp.judge import Measurement, measure
 from onp.layout import fastest_layout
 from onp.masks import KeepMask, masked
-from onp.purification import METHODS, MethodResult
+from onp.purification import METHODS, NO_EVIDENCE, MethodResult
 from onp.run_folder import RunFolder
 from onp.units import UnitIndex
 
@@ -187,15 +187,27 @@ def _choose_by_oracle(
     return MethodResult("rnp_oracle", mask, 0, result.seconds, note)
 
 
+def notes_of(rows: list[Row]) -> list[str]:
+    """Each note once, behind the names of its rows."""
+    methods: dict[str, list[str]] = {}
+    for row in rows:
+        methods.setdefault(row.note, []).append(LABELS[row.method])
+    return [f"{', '.join(names)}: {note}" for note, names in methods.items() if note]
+
+
 def make_table(rows: list[Row], title: str) -> Table:
-    """The table for the terminal."""
+    """The table for the terminal, of what gave a mask."""
     table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
     for name in ("CA %", "ASR %", "RA %", "DER", "pruned", "evals", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
+    for row in filter(_has_mask, rows):
         table.add_row(LABELS[row.method], *_cells(row), style="bold" if row.method == "onp" else None)
     return table
+
+
+def _has_mask(row: Row) -> bool:
+    return row.units_pruned is not None
 
 
 def _cells(row: Row) -> list[str]:
@@ -213,13 +225,18 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
     """Write plots, `report.md` and, last, `report.json`, which says that the run is complete."""
     results = {method: folder.load(method, index) for method in METHODS}
     path = _measure_path(judge, results["onp"].mask)
-    _plot(folder.file("plots", "pruning_path.png"), lambda axes: _draw_path(axes, path))
-    _plot(folder.file("plots", "learning_curve.png"), lambda axes: _draw_curve(axes, results["onp"]))
-    _plot(folder.file("plots", "pruned_per_layer.png"), lambda axes: _draw_layers(axes, results["onp"].mask, index))
+    if results["onp"].note != NO_EVIDENCE:
+        _draw_plots(folder, path, results["onp"], index)
     text = _markdown(rows, results["onp"].mask, facts)
     write_text(folder.file("report.md"), text)
     record = {"rows": [dataclasses.asdict(row) for row in rows], "pruning_path": path, **facts}
     write_json(folder.file("report.json"), record)
+
+
+def _draw_plots(folder: RunFolder, path: list[dict[str, Any]], result: MethodResult, index: UnitIndex) -> None:
+    _plot(folder.file("plots", "pruning_path.png"), lambda axes: _draw_path(axes, path))
+    _plot(folder.file("plots", "learning_curve.png"), lambda axes: _draw_curve(axes, result))
+    _plot(folder.file("plots", "pruned_per_layer.png"), lambda axes: _draw_layers(axes, result.mask, index))
 
 
 def read_report(folder: RunFolder) -> tuple[dict[str, Any], list[Row]]:
@@ -318,12 +335,15 @@ def _markdown(rows: list[Row], mask: KeepMask | None, facts: dict[str, Any]) -> 
     lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()]
     header = ("method", "CA %", "ASR %", "RA %", "DER", "units pruned", "reward evaluations", "seconds", "note")
     lines += ["", "| " + " | ".join(header) + " |", "|---" + "|---:" * 7 + "|---|"]
-    lines += ["| " + " | ".join([LABELS[row.method], *_cells(row), row.note]) + " |" for row in rows]
+    shown, hidden = filter(_has_mask, rows), itertools.filterfalse(_has_mask, rows)
+    lines += ["| " + " | ".join([LABELS[row.method], *_cells(row), row.note]) + " |" for row in shown]
+    lines += ["", *(f"- {note}" for note in notes_of(list(hidden)))]
     if mask is not None:
         lines += ["", "## Units that ONP prunes", ""]
         lines += [
             f"- `{layer}`: {', '.join(map(str, units))}" for layer, units in mask.to_json()["pruned"].items()
         ] or ["none"]
-    lines += ["", "## Plots", ""]
-    lines += [f"![{name}](plots/{name}.png)" for name in ("pruning_path", "learning_curve", "pruned_per_layer")]
+    if all(row.note != NO_EVIDENCE for row in rows):
+        lines += ["", "## Plots", ""]
+        lines += [f"![{name}](plots/{name}.png)" for name in ("pruning_path", "learning_curve", "pruned_per_layer")]
     return "\n".join(lines) + "\n"

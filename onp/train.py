@@ -20,7 +20,7 @@ from onp.inputs import InputConfig, Inputs, open_inputs
 from onp.masks import apply_mask
 from onp.paths import real_path
 from onp.purification import CLUES, METHODS, Purification, PurifyConfig
-from onp.report import LABELS, Judge, add_stage_rows, make_rows, make_table, read_report, write_report
+from onp.report import LABELS, Judge, add_stage_rows, make_rows, make_table, notes_of, read_report, write_report
 from onp.run_folder import RunFolder, patient, trigger_path
 from onp.stages import STAGES, StageName, rows_of, run_stage
 from onp.verdict import headline, make_verdict, read_verdict
@@ -216,10 +216,8 @@ def _facts(inputs: Inputs, judge: Judge, folder: RunFolder, purification: Purifi
 def _show(folder: RunFolder) -> None:
     report, rows = read_report(folder)
     console.print(make_table(rows, f"{Path(report['model']).name} on {report['defence_images']} clean images"))
-    notes = dict.fromkeys(row.note for row in rows if row.note)
-    for note in notes:
-        methods = ", ".join(LABELS[row.method] for row in rows if row.note == note)
-        console.print(f"  {methods}: {note}", style="dim", highlight=False, soft_wrap=True)
+    for note in notes_of(rows):
+        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
     pruned = any(row.units_pruned for row in rows if row.method == "onp")
     console.print(
         f"{'Purified network:' if pruned else 'Network, unchanged:'} {folder.file('purified.safetensors')}\n"

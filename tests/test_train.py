@@ -359,6 +359,11 @@ def test_a_network_without_evidence_is_left_alone(patient: Patient) -> None:
     purified = safetensors.torch.load_file(folder / "purified.safetensors")
     given = safetensors.torch.load_file(patient.folder / "backdoored" / "backdoored.safetensors")
     assert all(torch.equal(purified[key], value) for key, value in given.items())
+    report = (folder / "report.md").read_text()
+    table = [line for line in report.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and "| network as given |" in report and "| ONP |" in report, "rows of what was not done"
+    assert "- RNP, trigger-free, random search, one-shot ranking, greedy search: no evidence" in report
+    assert not (folder / "plots").exists() and "Plots" not in report, "there is nothing to draw"
 
 
 def test_a_network_that_is_refused_leaves_no_folder_in_the_way(patient: Patient, tmp_path: Path) -> None:
