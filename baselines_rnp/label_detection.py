@@ -79,7 +79,7 @@ def find_evidence(
     Where masks are conclusive, as most patches are, nothing else is looked for. `progress` is called with what comes
     next. Raises `ModelError` where unlearning diverges, and as `check_network` and `check_skill`.
     """
-    model = copy.deepcopy(model).eval().to(memory_format=fastest_layout(model))
+    model = copy.deepcopy(model).eval().to(memory_format=fastest_layout(model, data.input_shape))
     data = check_network(model, data)
     check_skill(model, data)
     return weigh(model, data, find_clues(model, data, config, seed, progress=progress))

@@ -32,7 +32,10 @@ def check_network(model: nn.Module, data: DefenceData) -> DefenceData:
 
 
 def check_logits(model: nn.Module, logits: object, images: int) -> None:
-    """Raise `ModelError` where what `model` gives for so many images is not logits of two classes or more."""
+    """Raise `ModelError` where what `model` gives for so many images is not logits of two classes or more.
+
+    Probabilities are told by their sum; the logarithms of such are logits.
+    """
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images:
         given = f"the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ModelError(
@@ -41,3 +44,5 @@ def check_logits(model: nn.Module, logits: object, images: int) -> None:
         )
     if logits.shape[1] < 2:
         raise ModelError(f"{type(model).__name__} has one output; a classifier of two classes or more is expected")
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
+        raise ModelError(f"{type(model).__name__} gives probabilities; expected logits, as they come before softmax")

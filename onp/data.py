@@ -112,6 +112,21 @@ class DefenceData:
             return self, self
         return self.subset(order[0::2]), self.subset(order[1::2])
 
+    def without_majority(self) -> DefenceData:
+        """No more images of one class than of all others together, drawn at random; for labels of one class, all.
+
+        Where most images are of one class, the smallest trigger that leads "most images" there is none at all.
+        """
+        counts = self.labels.bincount()
+        most, rest = int(counts.argmax()), len(self) - int(counts.max())
+        if not 0 < rest < len(self) - rest:
+            return self
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).to(self.labels.device)
+        spare = shuffled[self.labels[shuffled] == most][rest:]
+        kept = torch.ones_like(self.labels, dtype=torch.bool)
+        kept[spare] = False
+        return self.subset(kept.nonzero().flatten())
+
     def to(self, device: torch.device) -> DefenceData:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 

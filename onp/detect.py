@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from torch import Tensor
 
 from baselines_rnp.label_detection import find_evidence
-from baselines_rnp.patch_recovery import recover_patches
+from baselines_rnp.patch_recovery import Source, recover_patches
 from onp.checkpoints import write_atomically, write_json, write_text
 from onp.commands import check_output, console, run_command
 from onp.config import DetectionConfig
@@ -18,11 +19,12 @@ from onp.errors import ConfigError
 from onp.images import picture_of
 from onp.inputs import InputConfig, open_inputs
 from onp.samples import load_samples
+from onp.trigger_recovery import Patch
 from onp.verdict import by_suspicion, headline, label, make_record, units_of
 
 EVIDENCE = 3
 """exit code where there is evidence of a backdoor"""
-SOURCES = {"network": "the network", "unlearned": "its unlearned copy"}
+SOURCES: dict[Source, str] = {"network": "the network", "unlearned": "its unlearned copy"}
 """what masks are recovered through, in words"""
 SHOWN = 10
 """classes and samples in the terminal"""
@@ -46,11 +48,12 @@ class DetectConfig(InputConfig):
 
 def detect(config: DetectConfig) -> int:
     """Say whether a network shows evidence of a backdoor. Exit code: 0 no evidence, 3 evidence, 2 error."""
-    if config.checkpoint is None:
+    if (checkpoint := config.checkpoint) is None:
         raise ConfigError("no --checkpoint: give the weights of the network to look at")
     config = config.resolved()
     outputs = {name: path for name in ("json", "html", "triggers") if (path := getattr(config, name)) is not None}
     outputs = {name: check_output(path, f"--{name}", folder=name == "triggers") for name, path in outputs.items()}
+    _check_apart({"checkpoint": checkpoint, **outputs})
     config = replace(config, **outputs)
     inputs = open_inputs(config)
     data = inputs.defence_data()
@@ -67,9 +70,8 @@ def detect(config: DetectConfig) -> int:
         write_json(config.json, record)
     show(record)
     if config.triggers is not None:
-        for source, patch in patches.items():
-            _save_picture(config.triggers / f"{source}_mask.png", patch.mask)
-            _save_picture(config.triggers / f"{source}_pattern.png", patch.pattern)
+        for source in SOURCES:
+            _save_pictures(config.triggers, source, patches.get(source))
         console.print(f"Recovered triggers: {config.triggers}", soft_wrap=True)
     if config.html is not None:
         from onp.detect_page import render  # draws, which a verdict does not need
@@ -80,9 +82,22 @@ def detect(config: DetectConfig) -> int:
     return EVIDENCE if record["verdict"] == "evidence" else 0
 
 
-def _save_picture(path: Path, image: Tensor) -> None:
-    picture = picture_of(image)
-    write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+def _check_apart(paths: dict[str, Path]) -> None:
+    """Raise `ConfigError` where one file is named twice."""
+    for (name, path), (other, same) in combinations(paths.items(), 2):
+        if path.resolve() == same.resolve():
+            raise ConfigError(f"--{name} and --{other} are the same file, {path}; give each its own")
+
+
+def _save_pictures(folder: Path, source: Source, patch: Patch | None) -> None:
+    """Write the pictures of a patch; without one, those of an earlier verdict go."""
+    for name in ("mask", "pattern"):
+        path = folder / f"{source}_{name}.png"
+        if patch is None:
+            path.unlink(missing_ok=True)
+            continue
+        save = partial(picture_of(getattr(patch, name)).save, format="PNG")
+        write_atomically(path, save)
 
 
 def show(record: dict[str, Any]) -> None:

@@ -100,9 +100,9 @@ def _graph(inputs: Inputs, data: DefenceData, evidence: Evidence, units: list[st
     """The unit graph with the suspicious units ringed; None where the network cannot be traced."""
     try:
         index = index_units(inputs.model, data.input_shape)
+        graph = to_networkx(build_graph(index, inputs.model, data.inputs, evidence.unlearned, {}), index)
     except ModelError:
         return None
-    graph = to_networkx(build_graph(index, inputs.model, data.inputs, evidence.unlearned, {}), index)
     file = io.BytesIO()
     draw_graph(graph, file, {unit for unit in graph if graph.nodes[unit]["name"] in set(units)}, meaning="suspicious")
     return _uri(file.getvalue())

@@ -148,8 +148,7 @@ class Engine:
         self._owner = object()  # of our keys in the cache
         # A pass for effects holds every activation of a chunk, and a gradient of each.
         self.cache.register(self._owner, self.one_mask, workspace=2 * chunk * per_image)
-        layout = torch.channels_last if inputs.ndim == 4 else torch.contiguous_format
-        self._chunks = [part.clone(memory_format=layout) for part in inputs.split(chunk)]
+        self._chunks = [part.clone(memory_format=self.network.layout) for part in inputs.split(chunk)]
         weakref.finalize(self, self.cache.drop, self._owner)
         self._check(model)
 

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from onp.attention import heads_alone, is_output
 from onp.errors import ModelError
+from onp.layout import fastest_layout
 from onp.tracing import BATCH_NORMS, CONVOLUTIONS, shape_of, trace, untraced
 from onp.units import UnitIndex, UnitLayer
 
@@ -52,9 +53,10 @@ class GatedGraph:
         self._fold_batch_norms()
         self.norms = self._join_gates_with_batch_norms()
         """gates that are one with their batch-norm"""
+        self.layout = fastest_layout(model, input_shape)
         for parameter in self.graph_module.parameters():
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=self.layout)
         self.graph_module.to(device).requires_grad_(False)
         self.betas = {node: beta.to(device) for node, beta in self.betas.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -11,12 +13,24 @@ NARROW = 8
 """channels below which a strided 1 x 1 convolution keeps a network from lying channels last"""
 
 
-def fastest_layout(model: nn.Module) -> torch.memory_format:
-    """Channels last, which is a quarter faster on a CPU; contiguous where that is not safe.
+def fastest_layout(model: nn.Module, shape: tuple[int, ...]) -> torch.memory_format:
+    """Channels last, which is a quarter faster on a CPU; contiguous where that is not safe, or where `model` cannot.
 
+    `shape` is (channels, height, width) of its images. A network that flattens activations by `view` cannot.
     oneDNN's gradient of the weights of strided 1 x 1 convolutions over few channels writes beyond its buffer where they
     lie last (seen with PyTorch 2.14 on a processor with AVX2 and no AVX-512: heap corruption below 8 channels).
     """
     narrow = (module for module in model.modules() if isinstance(module, CONVOLUTIONS) and module.in_channels < NARROW)
     unsafe = any(max(module.stride) > 1 == max(module.kernel_size) for module in narrow)
-    return torch.contiguous_format if unsafe else torch.channels_last
+    return torch.channels_last if not unsafe and _runs_channels_last(model, shape) else torch.contiguous_format
+
+
+def _runs_channels_last(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    weight = next(model.parameters(), torch.zeros(()))
+    images = torch.zeros(2, *shape, device=weight.device).contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval().to(memory_format=torch.channels_last)(images)
+    except RuntimeError:
+        return False
+    return True

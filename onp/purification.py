@@ -118,7 +118,7 @@ class Purification:
         journal_dir: Path | None = None,
     ) -> None:
         self.on_clue: Callable[[str], None] = lambda stage: None
-        self.model = model.eval().to(memory_format=fastest_layout(model))
+        self.model = model.eval().to(memory_format=fastest_layout(model, data.input_shape))
         self.config, self.log_dir, self.journal_dir = config, log_dir, journal_dir
         self.index: UnitIndex = index_units(model, data.input_shape)
         self.data = check_network(model, data)

@@ -77,7 +77,8 @@ class Judge:
 
     def __init__(self, inputs: Inputs, trigger: Path | None) -> None:
         self.inputs = inputs
-        self.model: nn.Module = copy.deepcopy(inputs.model).to(memory_format=fastest_layout(inputs.model))
+        layout = fastest_layout(inputs.model, inputs.image_shape)
+        self.model: nn.Module = copy.deepcopy(inputs.model).to(memory_format=layout)
         self.dataset: ImageDataset | None = inputs.dataset("test")
         self.trigger = None
         if self.dataset is not None and (shape := tuple(self.dataset[0][0].shape)) != inputs.image_shape:

@@ -30,10 +30,11 @@ def load_samples(folder: Path, shape: tuple[int, ...], resize: bool) -> Samples:
     `shape` is (channels, height, width). Raises `DataError` where there is none, where one cannot be read, or where
     one has another size and `resize` is false.
     """
-    paths = tuple(sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS))
+    found = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    paths = tuple(path for path in found if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
         raise DataError(f"--samples {folder}: no images found; give a folder that holds {', '.join(IMG_EXTENSIONS)}")
-    if skipped := sum(path.is_file() for path in folder.rglob("*")) - len(paths):
+    if skipped := len(found) - len(paths):
         logger.warning("--samples %s: skipped, since their suffix is no image's: %d", folder, skipped)
     return Samples(paths, torch.stack([_read(path, shape, resize) for path in paths]))
 

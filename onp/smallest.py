@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from onp.config import TriggerRecoveryConfig, WarpRecoveryConfig, WaveRecoveryConfig
 from onp.data import DefenceData
+from onp.layout import fastest_layout
 
 AT_ONCE = 2**22
 """pixel values that go through the networks at once, unless one search alone needs more"""
@@ -76,6 +77,8 @@ class SmallestSearch(ABC):
     ) -> None:
         self.networks, self.data, self.config = networks, data, config
         self.generator = torch.Generator().manual_seed(seed)
+        layouts = {fastest_layout(network, data.input_shape) for network in networks}
+        self.layout = layouts.pop() if len(layouts) == 1 else torch.contiguous_format
         self.targets = targets.to(data.images.device)
         self.weights, self.success, self.sizes = torch.empty(3, len(targets), device=data.images.device)
         for number in range(len(targets)):
@@ -129,7 +132,7 @@ class SmallestSearch(ABC):
         Returns sizes, the fractions of the images that were led astray, and what the triggers are made of, (n, ...).
         """
         triggered, sizes, made = self.trigger(self.data.images[chosen], *variables)
-        inputs = self.data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+        inputs = self.data.normalise(triggered.flatten(0, 1)).contiguous(memory_format=self.layout)
         targets = self.targets[searches].repeat_interleave(len(chosen))
         losses, hits = (
             values.float().view(len(searches), len(chosen)).mean(1)

@@ -96,9 +96,9 @@ def _units(inputs: Inputs, data: DefenceData, evidence: Evidence) -> list[str]:
     """Names of the units that carry the recovered trigger; none where the network cannot be traced."""
     try:
         index = index_units(inputs.model, data.input_shape)
+        units = suspicious_units(inputs.model, index, data, evidence.trigger, evidence.suspect)
     except ModelError:
         return []
-    units = suspicious_units(inputs.model, index, data, evidence.trigger, evidence.suspect)
     return [index.name(unit) for unit in units]
 
 

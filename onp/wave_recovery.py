@@ -66,26 +66,35 @@ def recover_wave(
     answers = logits.argmax(1).bincount(minlength=logits.shape[1]) + logits.softmax(1).mean(0)  # which settles ties
     most = answers[: data.num_classes].argsort(descending=True, stable=True)[: config.classes].sort().values.cpu()
     with frozen(model), frozen(unlearned):
-        search = _Search((model, unlearned), data, config, seed)
-        search.optimise(most)
-        search.optimise(search.promising(most, config.finalists))
-    target = int(search.sizes.argmin())
-    return RecoveredWave(target, search.patterns[target], tuple(search.sizes.tolist()))
+        search = _Search((model, unlearned), data, config, seed, most)
+        every = torch.arange(len(most))
+        search.optimise(every)
+        search.optimise(search.promising(every, config.finalists))
+    sizes = torch.full((data.num_classes,), float("inf"))
+    sizes[most] = search.sizes.cpu()
+    return RecoveredWave(int(sizes.argmin()), search.patterns[search.sizes.argmin()], tuple(sizes.tolist()))
 
 
 class _Search(SmallestSearch):
-    """Smallest working waves so far, and where their optimisation stands, class by class."""
+    """Smallest working waves so far, and where their optimisation stands, for each of `targets`."""
 
     def __init__(
-        self, networks: tuple[nn.Module, ...], data: DefenceData, config: WaveRecoveryConfig, seed: int
+        self,
+        networks: tuple[nn.Module, ...],
+        data: DefenceData,
+        config: WaveRecoveryConfig,
+        seed: int,
+        targets: Tensor,
     ) -> None:
-        super().__init__(networks, data, config, seed, torch.arange(data.num_classes))
-        (channels, height, width), classes, device = data.input_shape, data.num_classes, data.images.device
+        super().__init__(networks, data, config, seed, targets)
+        (channels, height, width), classes, device = data.input_shape, len(targets), data.images.device
         columns = width // 2 + 1
         # Adam leaves no frequency at 0, but a product of two numbers that shrink: real and imaginary parts of every
         # channel, and what they have in common.
         common = torch.full((classes, 1, height, columns, 1), config.first_amplitude**0.5, device=device)
-        parts = torch.randn(classes, channels, height, columns, 2, generator=self.generator).to(device)
+        parts = torch.randn(data.num_classes, channels, height, columns, 2, generator=self.generator)[targets].to(
+            device
+        )
         self.variables = common, (config.first_amplitude / (2 * channels)) ** 0.5 * parts
         mirrored = torch.ones(columns, device=device)
         mirrored[1 : (width + 1) // 2] = 2  # of a real image's spectrum half is kept

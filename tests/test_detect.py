@@ -18,10 +18,12 @@ import torch
 from documented import undocumented
 from PIL import Image
 
+import onp.detect
 from onp.bench import __main__ as bench
 from onp.commands import run_command
 from onp.detect import DetectConfig, detect
 from onp.images import read_image
+from onp.trigger_recovery import Patch
 from onp.verdict import percent
 
 NETWORK = """
@@ -29,6 +31,18 @@ from torch import nn
 
 def linear():
     return nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(64, 3))
+
+def in_place():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = linear()
+
+        def forward(self, x):
+            features = self.body[1](self.body[0](x))
+            features.mul_(2)  # not assigned: the traced copy has not doubled what comes next
+            return self.body[2](features)
+    return Doubled()
 
 def untraceable():
     class Branch(nn.Module):
@@ -186,9 +200,10 @@ def test_a_probability_is_never_certainty(probability: float, words: str) -> Non
     assert percent(probability) == words
 
 
-def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Path) -> None:
+@pytest.mark.parametrize("network", ["untraceable", "in_place"])
+def test_a_network_that_cannot_be_traced_gets_a_verdict_without_units(folder: Path, network: str) -> None:
     page_file = folder / "out" / "wrapped.html"
-    code, _ = run(folder, "--html", f"{page_file}", checkpoint="wrapped", network="untraceable")
+    code, _ = run(folder, "--html", f"{page_file}", checkpoint="wrapped", network=network)
     assert code == 3
     assert "Suspicious units" not in Page(page_file.read_text()).text
 
@@ -210,6 +225,37 @@ def test_bad_inputs_are_one_line_and_leave_nothing(
     code, out = run(folder, *options, "--json", f"{tmp_path}/verdict.json")
     assert code == 2 and expected in out and len(out.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--json", "out.json", "--html", "out.json"), "--json and --html are the same file"),
+        (("--json", "checkpoint"), "--checkpoint and --json are the same file"),
+        (("--html", "link"), "--checkpoint and --html are the same file"),
+    ],
+)
+def test_no_output_is_written_over_another_or_over_the_network(
+    folder: Path, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    before = (folder / "bad.safetensors").read_bytes()
+    named = {"checkpoint": folder / "bad.safetensors", "link": folder / "images" / ".." / "bad.safetensors"}
+    given = (option if option.startswith("--") else str(named.get(option, tmp_path / option)) for option in options)
+    code, out = run(folder, *given)
+    assert code == 2 and expected in out and len(out.strip().splitlines()) == 1
+    assert (folder / "bad.safetensors").read_bytes() == before and not (tmp_path / "out.json").exists()
+
+
+def test_pictures_of_an_earlier_verdict_go(folder: Path, tmp_path: Path) -> None:
+    for source in ("network", "unlearned"):
+        for what in ("mask", "pattern"):
+            (tmp_path / f"{source}_{what}.png").write_bytes(b"old")
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    patch = Patch(torch.zeros(1, 8, 8), torch.ones(1, 8, 8))
+    onp.detect._save_pictures(tmp_path, "network", patch)
+    onp.detect._save_pictures(tmp_path, "unlearned", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"network_mask.png", "network_pattern.png", "mine.png"}
+    assert int(np.asarray(read_image(tmp_path / "network_mask.png")).max()) == 0
 
 
 def test_no_checkpoint_is_an_error() -> None:

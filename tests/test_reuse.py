@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +93,37 @@ def test_the_environment_refuses_what_does_not_fit(data: DefenceData) -> None:
     nn.init.constant_(damaged.fc.bias, float("nan"))
     with pytest.raises(ModelError, match=r"fc\.bias holds NaN"):
         PruningEnv(damaged, data)
+
+
+def test_probabilities_are_no_logits(data: DefenceData) -> None:
+    for last, refused in ((nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.ReLU(), False), (nn.Sigmoid(), False)):
+        model = nn.Sequential(TinyNet(), last).eval()
+        with pytest.raises(ModelError, match="gives probabilities; expected logits") if refused else nullcontext():
+            assert check_network(model, data).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("counts", "left"),
+    [((50, 10, 5), [15, 10, 5]), ((5, 60), [5, 5]), ((12, 12), [12, 12]), ((8, 4, 4), [8, 4, 4]), ((0, 9), [0, 9])],
+)
+def test_clues_go_by_images_of_which_no_class_has_most(
+    counts: tuple[int, ...], left: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    data = DefenceData(torch.rand(len(labels), 1, 8, 8), labels, 3)
+    fewer = data.without_majority()
+    assert fewer.labels.bincount().tolist() == left
+    assert all(any(torch.equal(image, other) for other in data.images) for image in fewer.images)
+    assert torch.equal(fewer.images, data.without_majority().images), "drawn by no generator of the caller's"
+    seen: list[DefenceData] = []
+
+    def recover(model: nn.Module, data: DefenceData, *_: Any) -> RecoveredTrigger:
+        seen.append(data)
+        return RecoveredTrigger(1, torch.full((1, 1, 8, 8), 0.1), torch.ones(1, 1, 8, 8), (60.0, 1.0, 60.0))
+
+    monkeypatch.setattr("onp.clues.recover_trigger", recover)
+    find_clues(TinyNet(), data, EnvConfig(unlearn=UnlearnConfig(max_epochs=1)), seed=0)
+    assert [found.labels.bincount().tolist() for found in seen] == [left]
 
 
 # --- frozen networks and modes of autograd -------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_rates_of_a_ranking() -> None:
 
 def test_samples_are_read_in_order_and_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "deep").mkdir()
+    (tmp_path / "folder.png").mkdir()
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "deep" / "a.png")
     Image.new("L", (4, 4), 51).save(tmp_path / "b.png")
     (tmp_path / "notes.txt").write_text("no image")

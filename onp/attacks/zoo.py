@@ -142,7 +142,7 @@ class Zoo:
 
         with seeded(recipe.seed):
             model = self._build(recipe, images)
-            layout = fastest_layout(model)
+            layout = fastest_layout(model, tuple(train.shape[1:]))
             model.to(memory_format=layout)
             folder = self.root / recipe.folder
             write_json(folder / "recipe.json", _plain(recipe))
