@@ -45,7 +45,7 @@ class ReturnToBest(gym.Wrapper[Any, np.int64, Any, np.int64]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, and perhaps replay; `seed` and `options` go to the environment.
 
-        With `options`, which ask for a start of their own, nothing is replayed, and nothing remembered.
+        With `options`, which ask for a start of their own, nothing is replayed, and no sequence remembered.
         """
         observation, info = self.env.reset(seed=seed, options=options)
         self._usual = not options

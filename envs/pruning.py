@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -85,7 +84,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     network's units and `cache`: memory for activations (made when None; several environments may share them);
     `journal`: what was computed before a kill (nothing when None); `own_terms`: further reward terms by name, each a
     weight and a function of `envs.rewards.Outputs` (effects, the observed ones too, do not count them);
-    `render_mode`: None or "ansi".
+    `render_mode`: None or "ansi". Raises `ConfigError` for other modes and terms, and what `check_network` does.
     """
 
     metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 (Gymnasium's convention)
@@ -176,7 +175,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         if mask.rule != "zero":
             raise MaskError(f"options['keep_mask'] is of rule {mask.rule!r}; the environment prunes by rule 'zero'")
         mask.check_fits(self.index)
-        self._begin(_copied(mask))
+        self._begin(mask.copied())
         return self._observation(), self._info()
 
     def _begin(self, mask: KeepMask) -> None:
@@ -258,10 +257,5 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             "units_pruned": self.mask.units_pruned,
             "invalid_actions": self.invalid_actions,
             "reward_evaluations": self.reward_evaluations,
-            "keep_mask": _copied(self.mask),
+            "keep_mask": self.mask.copied(),
         }
-
-
-def _copied(mask: KeepMask) -> KeepMask:
-    """The mask with a tensor of its own: who gets it may write on it."""
-    return replace(mask, keep=mask.keep.clone())

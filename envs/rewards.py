@@ -129,7 +129,8 @@ class Objective:
     `evaluations` counts distinct masks scored, and sensitivity passes. Effects are estimated on the first
     `effect_images` images (all by default), scores always on all. `cache` keeps activations between masks, `journal`
     what was computed, in case the job is killed. `own_terms` are further terms of the potential, each a weight and a
-    function, by name; effects know nothing of them. Raises `ConfigError` for a name that `TERMS` has.
+    function, by name; effects know nothing of them. Raises `ConfigError` for a name that `TERMS` has, and for what is
+    no such pair.
     """
 
     def __init__(
@@ -146,6 +147,9 @@ class Objective:
     ) -> None:
         if taken := sorted(TERMS.keys() & (own_terms or {})):
             raise ConfigError(f"own_terms {taken}: there are terms of that name; give others, or reweight by `reward`")
+        for name, term in (own_terms or {}).items():
+            if not (isinstance(term, tuple) and len(term) == 2 and callable(term[1])):
+                raise ConfigError(f"own_terms {name!r}: expected a weight and a function, not {term!r}")
         self.terms = {name: (getattr(weights, name), term) for name, term in TERMS.items()} | dict(own_terms or {})
         """weight and function of every term"""
         self.clues, self.index, self.data = clues, index, data
@@ -217,7 +221,7 @@ class Objective:
             values = self.journal.recall(b"score" + mask.key, lambda: self._terms(mask))
             terms = {name: _finite(float(values[name])) for name in self.terms}
             total = sum(self.terms[name][0] * value for name, value in terms.items())
-            self.scores[mask.key] = (mask, Score(total, terms))
+            self.scores[mask.key] = (mask.copied(), Score(total, terms))
         else:  # an episode may go on from here
             for engine in self.engines.values():
                 engine.touch(mask)
@@ -225,7 +229,11 @@ class Objective:
 
     def _terms(self, mask: KeepMask) -> Values:
         outputs = self._outputs(mask)
-        return {name: torch.as_tensor(term(outputs)).cpu() for name, (_, term) in self.terms.items()}
+        values = {name: torch.as_tensor(term(outputs)).cpu() for name, (_, term) in self.terms.items()}
+        for name, value in values.items():
+            if value.numel() != 1:
+                raise ConfigError(f"own_terms {name!r} gives shape {tuple(value.shape)}; expected one number")
+        return values
 
 
 def _views(model: nn.Module, data: DefenceData) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ Recovered = RecoveredTrigger | UntargetedTrigger | RecoveredWarp | RecoveredWave
 Family = Literal["mask", "warp", "wave", "all-to-all"]
 TELLING = 0.25
 """trust from which a mask or a warp tells of the class of the loudest wave"""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +141,11 @@ def find_clues(
     `onp.checks.check_network` does.
     """
     model = copy.deepcopy(model).eval()
-    data, journal = check_network(model, data).without_majority(), journal or Journal()
+    every, journal = check_network(model, data), journal or Journal()
+    if len(data := every.without_majority()) < len(every):
+        logger.warning("one class has most of the %d images; clues are made from %d", len(every), len(data))
     progress("unlearning a copy")
-    unlearned = copy.deepcopy(model).eval()
+    unlearned = copy.deepcopy(model)
     unlearned.load_state_dict(
         journal.recall("unlearned", lambda: plain_weights(unlearn(model, data, config.unlearn, seed).model))
     )

@@ -48,12 +48,13 @@ class DetectConfig(InputConfig):
 
 def detect(config: DetectConfig) -> int:
     """Say whether a network shows evidence of a backdoor. Exit code: 0 no evidence, 3 evidence, 2 error."""
-    if (checkpoint := config.checkpoint) is None:
-        raise ConfigError("no --checkpoint: give the weights of the network to look at")
     config = config.resolved()
+    if config.checkpoint is None:
+        raise ConfigError("no --checkpoint: give the weights of the network to look at")
     outputs = {name: path for name in ("json", "html", "triggers") if (path := getattr(config, name)) is not None}
     outputs = {name: check_output(path, f"--{name}", folder=name == "triggers") for name, path in outputs.items()}
-    _check_apart({"checkpoint": checkpoint, **outputs})
+    code, colon, _ = config.model.rpartition(":")
+    _check_apart({"checkpoint": config.checkpoint, **({"model": Path(code)} if colon else {}), **outputs})
     config = replace(config, **outputs)
     inputs = open_inputs(config)
     data = inputs.defence_data()
@@ -64,7 +65,9 @@ def detect(config: DetectConfig) -> int:
     with console.status("") as status:
         evidence = find_evidence(inputs.model, data, config.detection, config.seed, lambda stage: status.update(stage))
         status.update("recovering the trigger through the unlearned copy")
-        patches = recover_patches(inputs.model, data, evidence, config.detection.recovery, config.seed)
+        patches = recover_patches(
+            inputs.model, data.without_majority(), evidence, config.detection.recovery, config.seed
+        )
     record = make_record(inputs, data, evidence, patches, samples)
     if config.json is not None:
         write_json(config.json, record)

@@ -53,7 +53,7 @@ class GatedGraph:
         self._fold_batch_norms()
         self.norms = self._join_gates_with_batch_norms()
         """gates that are one with their batch-norm"""
-        self.layout = fastest_layout(model, input_shape)
+        self.layout = fastest_layout(model, input_shape, learns=False)
         for parameter in self.graph_module.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self.layout)

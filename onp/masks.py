@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,10 @@ class KeepMask:
         keep = self.keep.clone()
         keep[list(numbers)] = True
         return KeepMask(self.index, keep, self.rule, tuple(unit for unit in self.order if unit not in numbers))
+
+    def copied(self) -> KeepMask:
+        """The same mask with a tensor of its own."""
+        return replace(self, keep=self.keep.clone())
 
     def _numbers(self, units: Iterable[int] | Tensor) -> list[int]:
         numbers = [int(unit) for unit in units]

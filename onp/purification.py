@@ -153,7 +153,7 @@ class Purification:
 
     @cached_property
     def timed_clues(self) -> tuple[Clues, float]:
-        """The unlearned copy and the recovered triggers, from all defence data, and the seconds they took."""
+        """The unlearned copy and the recovered triggers, from the defence data, and the seconds they took."""
         start, journal = time.perf_counter(), self._journal("clues")
         clues = find_clues(self.model, self.data, self.config.env, self.config.seed, journal, self.on_clue)
         return clues, time.perf_counter() - start + journal.seconds

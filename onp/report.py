@@ -211,6 +211,10 @@ def _has_mask(row: Row) -> bool:
     return row.units_pruned is not None
 
 
+def _left_alone(rows: list[Row]) -> bool:
+    return any(row.note == NO_EVIDENCE for row in rows)
+
+
 def _cells(row: Row) -> list[str]:
     percent = [f"{100 * value:.1f}" if value is not None else "-" for value in (row.ca, row.asr, row.ra)]
     return [
@@ -226,7 +230,7 @@ def write_report(folder: RunFolder, judge: Judge, index: UnitIndex, rows: list[R
     """Write plots, `report.md` and, last, `report.json`, which says that the run is complete."""
     results = {method: folder.load(method, index) for method in METHODS}
     path = _measure_path(judge, results["onp"].mask)
-    if results["onp"].note != NO_EVIDENCE:
+    if not _left_alone(rows):
         _draw_plots(folder, path, results["onp"], index)
     text = _markdown(rows, results["onp"].mask, facts)
     write_text(folder.file("report.md"), text)
@@ -336,15 +340,15 @@ def _markdown(rows: list[Row], mask: KeepMask | None, facts: dict[str, Any]) -> 
     lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()]
     header = ("method", "CA %", "ASR %", "RA %", "DER", "units pruned", "reward evaluations", "seconds", "note")
     lines += ["", "| " + " | ".join(header) + " |", "|---" + "|---:" * 7 + "|---|"]
-    shown, hidden = filter(_has_mask, rows), itertools.filterfalse(_has_mask, rows)
-    lines += ["| " + " | ".join([LABELS[row.method], *_cells(row), row.note]) + " |" for row in shown]
-    lines += ["", *(f"- {note}" for note in notes_of(list(hidden)))]
+    lines += ["| " + " | ".join([LABELS[row.method], *_cells(row), row.note]) + " |" for row in rows if _has_mask(row)]
+    if notes := notes_of([row for row in rows if not _has_mask(row)]):
+        lines += ["", *(f"- {note}" for note in notes)]
     if mask is not None:
         lines += ["", "## Units that ONP prunes", ""]
         lines += [
             f"- `{layer}`: {', '.join(map(str, units))}" for layer, units in mask.to_json()["pruned"].items()
         ] or ["none"]
-    if all(row.note != NO_EVIDENCE for row in rows):
+    if not _left_alone(rows):
         lines += ["", "## Plots", ""]
         lines += [f"![{name}](plots/{name}.png)" for name in ("pruning_path", "learning_curve", "pruned_per_layer")]
     return "\n".join(lines) + "\n"

@@ -77,8 +77,7 @@ class SmallestSearch(ABC):
     ) -> None:
         self.networks, self.data, self.config = networks, data, config
         self.generator = torch.Generator().manual_seed(seed)
-        layouts = {fastest_layout(network, data.input_shape) for network in networks}
-        self.layout = layouts.pop() if len(layouts) == 1 else torch.contiguous_format
+        self.layout = fastest_layout(networks[0], data.input_shape, learns=False)
         self.targets = targets.to(data.images.device)
         self.weights, self.success, self.sizes = torch.empty(3, len(targets), device=data.images.device)
         for number in range(len(targets)):

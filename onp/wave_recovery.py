@@ -92,6 +92,7 @@ class _Search(SmallestSearch):
         # Adam leaves no frequency at 0, but a product of two numbers that shrink: real and imaginary parts of every
         # channel, and what they have in common.
         common = torch.full((classes, 1, height, columns, 1), config.first_amplitude**0.5, device=device)
+        # Drawn for all classes, so that none begins otherwise because others are sought.
         parts = torch.randn(data.num_classes, channels, height, columns, 2, generator=self.generator)[targets].to(
             device
         )

@@ -233,13 +233,18 @@ def test_bad_inputs_are_one_line_and_leave_nothing(
         (("--json", "out.json", "--html", "out.json"), "--json and --html are the same file"),
         (("--json", "checkpoint"), "--checkpoint and --json are the same file"),
         (("--html", "link"), "--checkpoint and --html are the same file"),
+        (("--html", "network.py"), "--model and --html are the same file"),
     ],
 )
 def test_no_output_is_written_over_another_or_over_the_network(
     folder: Path, tmp_path: Path, options: tuple[str, ...], expected: str
 ) -> None:
     before = (folder / "bad.safetensors").read_bytes()
-    named = {"checkpoint": folder / "bad.safetensors", "link": folder / "images" / ".." / "bad.safetensors"}
+    named = {
+        "network.py": folder / "network.py",
+        "checkpoint": folder / "bad.safetensors",
+        "link": folder / "images" / ".." / "bad.safetensors",
+    }
     given = (option if option.startswith("--") else str(named.get(option, tmp_path / option)) for option in options)
     code, out = run(folder, *given)
     assert code == 2 and expected in out and len(out.strip().splitlines()) == 1

@@ -29,6 +29,7 @@ def test_narrow_strided_convolutions_are_not_laid_out_channels_last(
 ) -> None:
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     assert fastest_layout(model, (channels, 32, 32)) == layout
+    assert fastest_layout(model, (channels, 32, 32), learns=False) == torch.channels_last
 
 
 class Viewing(nn.Module):

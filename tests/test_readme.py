@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from toy_networks import TinyNet
 
 import onp
 from agents.restarts import ReturnToBest
 from envs.pruning import PruningEnv
-from onp.clues import find_clues
+from onp.clues import Clues, find_clues
 from onp.config import EnvConfig, TriggerRecoveryConfig
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,10 @@ def test_the_environment(given: dict[str, Any]) -> None:
 def test_the_environment_further(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     clues = find_clues(given["model"], given["data"], EnvConfig(recovery=TriggerRecoveryConfig(steps=2)), seed=0)
-    left = run_examples((ROOT / "docs" / "environment.md").read_text(), **given, clues=clues)
+    other = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(180, 3)).eval()
+    text = (ROOT / "docs" / "environment.md").read_text()
+    others = {"other_model": other, "other_clues": Clues(other, clues.mask)}
+    left = run_examples(text, **given, clues=clues, **others)
     env, own = left["env"].unwrapped, left["own"].unwrapped
     start = env.objective.all_kept
     assert left["mask"].units_pruned == 2 and left["score"] == env.objective.score(left["mask"])
@@ -67,7 +71,8 @@ def test_the_environment_further(given: dict[str, Any], tmp_path: Path, monkeypa
     assert left["twins"].num_envs == 4 and left["branch"].steps == 1
     assert left["again"].num_timesteps > left["agent"].num_timesteps > 0
     assert isinstance(left["again"].get_env().envs[0].env, ReturnToBest)
-    assert left["moved"].policy.graph is not left["agent"].policy.graph
+    assert left["moved"].policy.graph is left["other"].unwrapped.graph
+    assert left["moved"].predict(left["other"].reset()[0])[0] < left["other"].action_space.n
 
 
 def test_rnp(given: dict[str, Any]) -> None:

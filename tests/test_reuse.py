@@ -237,6 +237,10 @@ def test_masks_that_go_in_and_out_may_be_written_on(env: PruningEnv) -> None:
     given = KeepMask.all_kept(env.index)
     env.reset(options={"keep_mask": given})
     given.keep[:] = False
+    scored = KeepMask.all_kept(env.index).without([8])
+    env.objective.score(scored)
+    scored.keep[:] = False
+    assert all(mask.key == key for key, (mask, _) in env.objective.scores.items())
     _, _, _, _, info = env.step(np.int64(3))
     assert info["units_pruned"] == 1
     assert bool(env.reset()[0]["kept"].all()) and play(env) == returns
@@ -275,7 +279,8 @@ def test_copies_carry_no_activations(env: PruningEnv) -> None:
     env.objective.scores.clear()  # so that masks are computed, and not remembered
     assert play(env) == pytest.approx(returns, abs=1e-6) and env.reward_evaluations > evaluations
     assert env.cache.bytes > 0
-    assert play(other) == returns
+    other.objective.scores.clear()
+    assert play(other) == pytest.approx(returns, abs=1e-6)
 
 
 # --- episodes --------------------------------------------------------------------------------------------------
@@ -330,6 +335,12 @@ def test_reward_terms_of_ones_own(data: DefenceData, env: PruningEnv) -> None:
         assert info["terms"]["weight"] > 0 and info["terms"]["broken"] == -1e6
     with pytest.raises(ConfigError, match="own_terms \\['unlearning'\\]: there are terms of that name"):
         PruningEnv(model, data, env.config, clues, own_terms={"unlearning": terms["kept"]})
+    for wrong, words in (
+        (terms["kept"][1], "'x': expected a weight and a function"),
+        ((1.0, lambda outputs: outputs.kept), "'x' gives shape"),
+    ):
+        with pytest.raises(ConfigError, match=f"own_terms {words}"):
+            PruningEnv(model, data, env.config, clues, own_terms={"x": wrong})
 
 
 # --- settings ------------------------------------------------------------------------------------------------
