@@ -33,6 +33,7 @@ def recover_patches(
     if target is None:
         assert evidence.untargeted is not None
         return {"network": evidence.untargeted}
+    data = data.without_majority()  # as the clues
     known = evidence.mask.patch if target == evidence.mask.target else recover_patch(model, data, target, config, seed)
     images = _not_yet(evidence.unlearned, data, target)
     return {"network": known, "unlearned": recover_patch(evidence.unlearned, images, target, config, seed)}

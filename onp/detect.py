@@ -65,9 +65,7 @@ def detect(config: DetectConfig) -> int:
     with console.status("") as status:
         evidence = find_evidence(inputs.model, data, config.detection, config.seed, lambda stage: status.update(stage))
         status.update("recovering the trigger through the unlearned copy")
-        patches = recover_patches(
-            inputs.model, data.without_majority(), evidence, config.detection.recovery, config.seed
-        )
+        patches = recover_patches(inputs.model, data, evidence, config.detection.recovery, config.seed)
     record = make_record(inputs, data, evidence, patches, samples)
     if config.json is not None:
         write_json(config.json, record)

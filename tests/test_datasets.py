@@ -254,7 +254,7 @@ def test_digits() -> None:
     assert enlarged is not None and enlarged[0][0].shape == (1, 16, 16)
 
 
-# --- how often images are read ----------------------------------------------------------------------------
+# --- few test images, and how often images are read -------------------------------------------------------
 
 
 def test_few_test_images_are_evenly_drawn(folder: Path) -> None:

@@ -362,3 +362,20 @@ def test_through_the_unlearned_copy_the_trigger_is_all_there_is() -> None:
     assert success(network, data, Patch(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)), None) == 0, "nothing leaves"
     everyone = evidence((40.0, 36.0), (1.0, 1.0), (0.5, 0.5), untargeted(2.0, torch.eye(2).roll(1, 1)))
     assert list(recover_patches(network, data, everyone, TriggerRecoveryConfig(), seed=0)) == ["network"]
+
+
+def test_patches_go_by_images_of_which_no_class_has_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlearned = linear(torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]]))  # it sends them all to class 0
+    images = torch.tensor([[0.0, 0.5, 0.0, 0.0]] * 16).view(16, 1, 2, 2)
+    data = DefenceData(images, (torch.arange(16) >= 4).long(), 2)
+    mask = RecoveredTrigger(1, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (4.0, 0.2))
+    given = replace(evidence((4.0, 0.2), (1.0, 1.0), (0.5, 0.5)), unlearned=unlearned, mask=mask)
+    seen: list[list[int]] = []
+
+    def recover(model: nn.Module, data: DefenceData, *_: object) -> Patch:
+        seen.append(data.labels.bincount().tolist())
+        return mask.patch
+
+    monkeypatch.setattr("baselines_rnp.patch_recovery.recover_patch", recover)
+    recover_patches(unlearned, data, given, TriggerRecoveryConfig(), seed=0)
+    assert seen == [[4, 4]]
